@@ -1,0 +1,26 @@
+"""What all tests share: where they run, and one tiny run of each script, made once."""
+
+import functools
+
+import helpers
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Run each test in a folder of its own, which also holds the data sets' caches."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in helpers.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """Return a function that starts a script as a user does, once a session: a helpers.Run."""
+
+    @functools.cache
+    def run(script):
+        folder = tmp_path_factory.mktemp(script)
+        return helpers.run_script(script, helpers.TINY[script], folder)
+
+    return run

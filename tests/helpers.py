@@ -1,0 +1,128 @@
+"""The scripts, their tiny settings, and how a test starts and reads them."""
+
+import ast
+import collections
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tokenize
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+# Every script appears here with flags for a run of seconds; MISSING shortens as scripts arrive.
+TINY = {
+    "mnist_eager_mlp": ["--synthetic", "--epochs", "2", "--steps-per-epoch", "30"],
+    "resnet_cifar10": ["--synthetic", "--epochs", "2", "--steps-per-epoch", "4"],
+}
+MISSING = [
+    "bayes_mle",
+    "double_q_cartpole",
+    "dueling_q_cartpole",
+    "dueling_q_spaceinvaders",
+    "gap_cats_dogs",
+    "keras_pg_weighted_ce",
+    "metrics_summaries",
+    "reinforce_cartpole",
+    "transfer_resnet50",
+]
+ARMS = {
+    "mnist_eager_mlp": ["mlp"],
+    "resnet_cifar10": ["resnet", "plain"],
+}
+
+Run = collections.namedtuple("Run", "code stdout stderr folder results")
+
+
+def environment(folder):
+    """Return what a run's environment needs so that it leaves nothing outside `folder`."""
+    return {
+        "HOME": str(folder),
+        "KERAS_HOME": str(folder / "keras"),
+        "MPLCONFIGDIR": str(folder / "matplotlib"),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "MPLBACKEND": "agg",
+        "CUDA_VISIBLE_DEVICES": "",
+        # Nobody listens there: a download fails at once, with a network and without.
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+
+
+def start(arguments, folder, **options):
+    """Start Python with `arguments` in `folder`; return the process, its output piped as text."""
+    env = {**os.environ, **environment(folder), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    arguments = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(arguments, cwd=folder, env=env, **pipes, **options)
+
+
+def finish(process, folder):
+    """Wait for a process; return its Run, with the newest results.json under folder/log."""
+    stdout, stderr = process.communicate(timeout=300)
+    paths = sorted(pathlib.Path(folder, "log").glob("*/*/results.json"), key=os.path.getmtime)
+    results = json.loads(paths[-1].read_text()) if paths else None
+    run_dir = paths[-1].parent if paths else None
+    return Run(process.returncode, stdout, stderr, run_dir, results)
+
+
+def run_script(script, flags, folder):
+    """Run a script as a user starts it, in `folder`."""
+    return finish(start([ROOT / f"{script}.py", *flags], folder), folder)
+
+
+def fails_in_one_line(function, capsys):
+    """Call `function`, which must exit; return its code and the one line it left on stderr."""
+    capsys.readouterr()
+    try:
+        function()
+    except SystemExit as stop:
+        code = stop.code
+    else:
+        raise AssertionError("it did not exit")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return code, lines[0]
+
+
+def error_lines(stderr):
+    """Return the lines of a process's stderr that are ours: TensorFlow writes there too."""
+    return [line for line in stderr.splitlines() if line.startswith(("error:", "interrupted"))]
+
+
+def source(script):
+    """Return a script's text."""
+    return (ROOT / f"{script}.py").read_text()
+
+
+def code_line_numbers(text):
+    """Return the sorted numbers of the lines that hold code: no blanks, comments, docstrings."""
+    lines = set()
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in layout | {tokenize.ENDMARKER}:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sorted(lines)
+
+
+def tags(folder):
+    """Return {kind: tags} of the TensorBoard events in a folder, read by TensorBoard itself."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    accumulator = event_accumulator.EventAccumulator(str(folder))
+    accumulator.Reload()
+    found = accumulator.Tags()
+    # TensorFlow 2 writes scalars and images as tensors that name their plugin
+    plugins = {tag: accumulator.SummaryMetadata(tag) for tag in found["tensors"]}
+    kinds = collections.defaultdict(set)
+    for tag, metadata in plugins.items():
+        kinds[metadata.plugin_data.plugin_name].add(tag)
+    kinds["graph"] = found["graph"]
+    return kinds

@@ -1,0 +1,181 @@
+"""What can be foreseen to go wrong: one line, the right exit code, nothing left behind."""
+
+import importlib
+import json
+import os
+import signal
+import time
+
+import helpers
+import numpy as np
+import pytest
+from helpers import ROOT, SCRIPTS, fails_in_one_line, run_script, start
+
+WITH_DATA = [script for script in SCRIPTS if '"--synthetic"' in helpers.source(script)]
+WITH_RESUME = [script for script in SCRIPTS if '"--resume"' in helpers.source(script)]
+WITHOUT_FIT = [script for script in SCRIPTS if "several=True" not in helpers.source(script)]
+
+BAD_FLAGS = [
+    ["--epochs", "-1"],
+    ["--epochs", "many"],
+    ["--epochs", "1.5"],
+    ["--epochs", "nan"],
+    ["--epochs"],
+    ["--epoch", "1"],  # no abbreviations
+    ["--no-such-flag"],
+    ["stray"],
+    ["--seed", "-1"],
+    ["--seed", "99999999999"],
+    ["--device", "tpu"],
+    ["--device", "gpu:99"],
+    ["--device", "gpu:"],
+]
+OWN_BAD_FLAGS = {
+    "mnist_eager_mlp": [
+        ["--steps-per-epoch", "0"],
+        ["--batch-size", "0"],
+        ["--device", "all"],
+    ],
+    "resnet_cifar10": [
+        ["--steps-per-epoch", "0"],
+        ["--batch-size", "0"],
+        ["--arms"],
+        ["--arms", "resnet", "vgg"],
+        ["--resume", "no/such/run"],
+    ],
+}
+CASES = [
+    (script, flags) for script in SCRIPTS for flags in BAD_FLAGS + OWN_BAD_FLAGS.get(script, [])
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), CASES, ids=lambda value: "_".join([*value][:3]))
+def test_bad_flags(script, flags, capsys):
+    module = importlib.import_module(script)
+    code, line = fails_in_one_line(lambda: module.main(flags), capsys)
+    assert code == 2
+    assert line.startswith("error: ")
+    named = flags[0] if flags[0] != "--device" else "--device"
+    assert named in line
+    assert not os.path.exists("log")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_logdir_is_a_file(script, capsys):
+    module = importlib.import_module(script)
+    with open("occupied", "w"):
+        pass
+    flags = [*helpers.TINY[script], "--logdir", "occupied"]
+    code, line = fails_in_one_line(
+        lambda: module.run_as_command(lambda: module.main(flags)), capsys
+    )
+    assert code == 1
+    assert line.startswith("error: ")
+    assert "occupied" in line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_logdir_cannot_be_written(script, capsys):
+    module = importlib.import_module(script)
+    flags = [*helpers.TINY[script], "--logdir", "/proc/nowhere"]
+    code, line = fails_in_one_line(
+        lambda: module.run_as_command(lambda: module.main(flags)), capsys
+    )
+    assert code == 1
+    assert "/proc/nowhere" in line
+
+
+def test_two_runs_in_one_second(monkeypatch):
+    import mnist_eager_mlp as script
+
+    monkeypatch.setattr(script.time, "strftime", lambda form: "20300101-120000")
+    args = script.parse_args(["--synthetic"])
+    names = [script.new_run_dir(args, "MNIST", "CPU")[0].name for _ in range(3)]
+    assert names == ["20300101-120000", "20300101-120000-1", "20300101-120000-2"]
+
+
+@pytest.mark.parametrize("script", WITH_DATA)
+def test_no_network(script, tmp_path):
+    begin = time.monotonic()
+    run = run_script(script, ["--epochs", "1"], tmp_path)
+    assert run.code == 1
+    (line,) = helpers.error_lines(run.stderr)
+    assert "Traceback" not in run.stderr
+    assert "--synthetic" in line
+    assert "~/.keras/datasets" in line
+    assert time.monotonic() - begin < 60
+    assert run.results["complete"] is False
+
+
+@pytest.mark.parametrize("script", WITH_DATA)
+def test_damaged_data(script, tmp_path):
+    datasets = tmp_path / "keras" / "datasets"
+    batches = datasets / "cifar-10-batches-py-target" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    (datasets / "mnist.npz").write_bytes(b"PK\x03\x04 half a file")
+    (datasets / "cifar-10-batches-py-target_archive").write_bytes(b"half an archive")
+    for i in range(1, 6):
+        (batches / f"data_batch_{i}").write_bytes(b"\x80\x04 half a pickle")
+    run = run_script(script, ["--epochs", "1"], tmp_path)
+    assert run.code == 1
+    assert len(helpers.error_lines(run.stderr)) == 1
+    assert "Traceback" not in run.stderr
+
+
+def test_a_loss_that_is_not_finite(monkeypatch, capsys):
+    import mnist_eager_mlp as script
+
+    flags = ["--synthetic", "--epochs", "3", "--steps-per-epoch", "5", "--logdir", "log"]
+    adam = script.keras.optimizers.SGD
+    monkeypatch.setattr(script.keras.optimizers, "Adam", lambda: adam(learning_rate=1e30))
+    code, line = fails_in_one_line(
+        lambda: script.run_as_command(lambda: script.main(flags)), capsys
+    )
+    assert code == 1
+    assert "not finite" in line
+    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
+    assert json.loads(path.read_text())["complete"] is False
+
+
+def test_write_results_keeps_the_old_file(tmp_path):
+    import mnist_eager_mlp as script
+
+    script.write_results(tmp_path, {"loss": 1.0})
+    with pytest.raises(FloatingPointError):
+        script.write_results(tmp_path, {"loss": float("nan")})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"loss": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_control_c(script, tmp_path):
+    flags = [*helpers.TINY[script], "--epochs", "1000"]
+    process = start([ROOT / f"{script}.py", *flags], tmp_path)
+    for line in process.stdout:  # the second epoch has begun: the first is written
+        if "2/1000" in line or "Epoch: 2" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    run = helpers.finish(process, tmp_path)
+    assert run.code == 130, run.stderr
+    assert helpers.error_lines(run.stderr)
+    assert "Traceback" not in run.stderr
+    (record,) = run.results["arms"].values()
+    assert all(np.isfinite(values).all() and values for values in record["history"].values())
+    assert run.results["complete"] is False
+
+
+@pytest.mark.parametrize("script", WITH_RESUME)
+def test_what_resume_refuses(script, smoke_run, tmp_path, capsys):
+    module = importlib.import_module(script)
+    folder = smoke_run(script).folder
+    code, line = fails_in_one_line(
+        lambda: module.main(["--resume", str(folder), "--seed", "5"]), capsys
+    )
+    assert (code, "--seed" in line) == (2, True)
+    other = tmp_path / "other"
+    other.mkdir()
+    results = {**smoke_run(script).results, "script": "another"}
+    for content in (json.dumps(results), '{"script": "' + script, ""):
+        (other / "results.json").write_text(content)
+        code, line = fails_in_one_line(lambda: module.main(["--resume", str(other)]), capsys)
+        assert (code, "--resume" in line) == (2, True)

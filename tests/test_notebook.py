@@ -1,0 +1,100 @@
+"""Every script as one cell of a real Jupyter kernel: it trains at once, stops, and runs again."""
+
+import os
+import queue
+import time
+
+import helpers
+import jupyter_client
+import pytest
+from helpers import SCRIPTS, TINY
+
+# The defaults want real data; these stand in for the downloads, with the real shapes and types.
+PREPARE = """
+import numpy as np, keras
+def fake(shape, label_shape):
+    def load_data():
+        rng = np.random.default_rng(0)
+        sets = [rng.integers(0, 256, (n, *shape), dtype="uint8") for n in (2000, 1000)]
+        return [(x, rng.integers(0, 10, (len(x), *label_shape), dtype="uint8")) for x in sets]
+    return load_data
+keras.datasets.mnist.load_data = fake((28, 28), ())
+keras.datasets.cifar10.load_data = fake((32, 32, 3), (1,))
+"""
+STARTED = {
+    "mnist_eager_mlp": "Epoch: 1",
+    "resnet_cifar10": "Epoch 1/30",
+}
+
+
+class Kernel:
+    """A Jupyter kernel in a folder, and what its cells print and show."""
+
+    def __init__(self, folder):
+        env = {**os.environ, **helpers.environment(folder)}
+        del env["MPLBACKEND"]  # a notebook brings its own
+        self.manager = jupyter_client.KernelManager(kernel_name="python3")
+        self.manager.start_kernel(cwd=str(folder), env=env)
+        self.client = self.manager.blocking_client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+
+    def run(self, code, interrupt_at=None, timeout=180):
+        """Run a cell; return (stdout, stderr, errors, number of pictures)."""
+        request = self.client.execute(code)
+        streams, errors, pictures = {"stdout": "", "stderr": ""}, [], 0
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            try:
+                message = self.client.get_iopub_msg(timeout=1)
+            except queue.Empty:
+                continue
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind == "stream":
+                streams[content["name"]] += content["text"]
+                if interrupt_at and interrupt_at in streams["stdout"]:
+                    interrupt_at = None
+                    self.manager.interrupt_kernel()
+            elif kind == "error":
+                errors.append(f"{content['ename']}: {content['evalue']}")
+            elif kind == "display_data":
+                pictures += "image/png" in content["data"]
+            elif kind == "status" and content["execution_state"] == "idle":
+                return streams["stdout"], streams["stderr"], errors, pictures
+        raise TimeoutError(streams["stdout"] + streams["stderr"])
+
+    def stop(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    kernel = Kernel(tmp_path)
+    yield kernel
+    kernel.stop()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_paste_interrupt_and_run_again(kernel, script):
+    assert kernel.run(PREPARE)[2] == []
+
+    stdout, stderr, errors, _ = kernel.run(helpers.source(script), interrupt_at=STARTED[script])
+    assert STARTED[script] in stdout
+    assert errors == []
+    assert "interrupted" in stderr
+
+    stdout, _, errors, pictures = kernel.run(f"numbers = main({TINY[script]!r})")
+    assert errors == []
+    assert "tensorboard --logdir" in stdout
+    assert pictures >= 1
+
+    stdout, _, errors, _ = kernel.run("print(sorted(numbers))")
+    assert errors == []
+    assert stdout.startswith("[")
+
+    _, stderr, errors, _ = kernel.run("main(['--epohcs', '1'])")
+    assert errors == ["SystemExit: 2"]
+    assert "error: unrecognized arguments: --epohcs 1" in stderr

@@ -1,0 +1,297 @@
+"""resnet_cifar10.py: blocks and pipeline by hand, its differences from the article, resuming."""
+
+import json
+import shutil
+import signal
+
+import helpers
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import finish, start
+
+import resnet_cifar10 as script
+
+keras = script.keras
+
+
+def numbered(count):
+    """Return images whose every pixel is their number, and the numbers as labels."""
+    numbers = np.arange(count, dtype="uint8")
+    return np.broadcast_to(numbers[:, None, None, None], (count, 32, 32, 3)), numbers[:, None]
+
+
+def batches(dataset, count):
+    return [labels.numpy().ravel().tolist() for _, labels in dataset.take(count)]
+
+
+def test_difference_1_images_are_shuffled_not_batches():
+    train_dataset, _ = script.make_datasets((numbered(64), numbered(8)), 8, seed=0)
+    found = batches(train_dataset, 16)
+    first, second = found[:8], found[8:]
+    for one_pass in (first, second):  # each pass has each image once
+        assert sorted(sum(one_pass, [])) == list(range(64))
+    companions = [{frozenset(batch) for batch in one_pass} for one_pass in (first, second)]
+    assert not companions[0] & companions[1]  # batch().shuffle() keeps all eight
+
+
+def test_the_seed_decides_the_batches():
+    data = (numbered(64), numbered(8))
+    found = []
+    for seed in (0, 0, 1):
+        keras.utils.set_random_seed(seed)
+        found.append(batches(script.make_datasets(data, 8, seed)[0], 8))
+    assert found[0] == found[1] != found[2]
+
+
+def test_difference_2_batches_are_prepared_ahead():
+    for dataset in script.make_datasets((numbered(64), numbered(8)), 8, seed=0):
+        assert "Prefetch" in type(dataset).__name__
+
+
+def test_difference_3_validation_sees_each_image_once():
+    images, labels = np.zeros((2500, 32, 32, 3), "uint8"), np.arange(2500)[:, None]
+    _, valid_dataset = script.make_datasets((numbered(8), (images, labels)), 8, seed=0)
+    assert sum(batches(valid_dataset, -1), []) == list(range(2500))
+
+
+def test_crop_scale_and_flip_by_hand():
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype="uint8")
+    labels = np.arange(64)[:, None]
+    train_dataset, valid_dataset = script.make_datasets(((images, labels),) * 2, 64, seed=0)
+    cropped = images[:, 4:28, 4:28].astype("float32") / 255
+    batch, _ = next(iter(valid_dataset))
+    assert batch.dtype == tf.float32
+    np.testing.assert_allclose(batch, cropped, rtol=1e-6)
+    batch, numbers = next(iter(train_dataset))
+    expected = cropped[numbers.numpy().ravel()]
+    kept = np.isclose(batch, expected).all((1, 2, 3))
+    mirrored = np.isclose(batch, expected[:, :, ::-1]).all((1, 2, 3))
+    assert (kept ^ mirrored).all()
+    assert 15 < mirrored.sum() < 49  # each image by its own draw
+
+
+def silent_convolutions(block):
+    """Return the block's output for x, with its convolutions set to give zero."""
+    inputs = keras.Input((6, 6, 64))
+    model = keras.Model(inputs, block(inputs, 64, 3))
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            layer.kernel.assign(tf.zeros_like(layer.kernel))
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 64)).astype("float32")
+    return x, model(x).numpy()
+
+
+def test_a_silent_residual_block_passes_its_input_on():
+    x, output = silent_convolutions(script.res_net_block)
+    np.testing.assert_allclose(output, np.maximum(x, 0))
+    _, output = silent_convolutions(script.non_res_block)
+    assert not output.any()
+
+
+def test_networks_are_the_articles():
+    models = {arm: script.build_model(arm) for arm in ("resnet", "plain")}
+    # Worked out by hand: convolutions, batch norms with four numbers a filter, dense layers
+    blocks = 20 * (9 * 64 * 64 + 64 + 4 * 64)
+    ends = (27 * 32 + 32) + (9 * 32 * 64 + 64) + (9 * 64 * 64 + 64) + (64 * 256 + 256) + 2570
+    for model in models.values():
+        assert model.input_shape == (None, 24, 24, 3)
+        assert model.output_shape == (None, 10)
+        assert model.count_params() == blocks + ends
+    kinds = [type(layer).__name__ for layer in models["resnet"].layers]
+    assert kinds.count("Add") == 10
+    assert "Add" not in [type(layer).__name__ for layer in models["plain"].layers]
+
+
+def test_difference_4_kernels_are_written_as_images(smoke_run):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    folder = smoke_run("resnet_cifar10").folder / "plain"
+    accumulator = event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    events = accumulator.Tensors("kernels")
+    assert [event.step for event in events] == [0, 1]
+    width, height, *pictures = tf.make_ndarray(events[0].tensor_proto).tolist()
+    assert (width, height, len(pictures)) == (b"3", b"3", 32)
+
+
+def test_difference_5_both_arms_start_alike(smoke_run):
+    weights = []
+    for arm in ("resnet", "plain"):
+        keras.utils.set_random_seed(0)
+        weights.append(script.build_model(arm).get_weights())
+    assert all(np.array_equal(one, other) for one, other in zip(*weights, strict=True))
+    saved = keras.models.load_model(smoke_run("resnet_cifar10").folder / "plain.keras")
+    moved = [np.abs(a - b).max() for a, b in zip(saved.get_weights(), weights[1])]
+    assert np.mean(np.array(moved) > 1e-5) > 0.9
+
+
+def test_one_arm_alone_gives_what_it_gives_among_both(smoke_run):
+    among_both = smoke_run("resnet_cifar10").results["arms"]["plain"]["history"]
+    script.main([*helpers.TINY["resnet_cifar10"], "--arms", "plain"])
+    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
+    arms = json.loads(path.read_text())["arms"]
+    assert list(arms) == ["plain"]
+    for metric, values in arms["plain"]["history"].items():
+        assert values == pytest.approx(among_both[metric], rel=1e-3), metric
+
+
+def test_synthetic_classes_can_be_learned():
+    (x, y), (x_test, y_test) = script.load_data(synthetic=True)
+    assert (x.shape, x.dtype, y.shape, y.dtype) == ((2000, 32, 32, 3), "uint8", (2000, 1), "uint8")
+    means = np.stack([x[y[:, 0] == label].mean(0) for label in range(10)])
+    nearest = [np.square(image - means).sum((1, 2, 3)).argmin() for image in x_test]
+    assert np.mean(np.array(nearest) == y_test[:, 0]) > 0.9
+
+
+# --- Resuming ---
+
+# One block keeps the start short; a kill strikes where `strike` is called for the Nth time.
+VICTIM = """
+import os, signal, sys
+import resnet_cifar10 as script
+from tensorflow.python.checkpoint import checkpoint_management
+script.NUM_RES_NET_BLOCKS = 1
+where, count = sys.argv[1], int(sys.argv[2])
+def strike(owner, name, after=False):
+    original, calls = getattr(owner, name), []
+    def struck(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        value = original(*args, **kwargs)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+    setattr(owner, name, struck)
+if where == "before results": strike(script, "write_results")
+if where == "results half written": strike(script.os, "replace")
+if where == "before checkpoint": strike(script.tf.train.CheckpointManager, "save")
+if where == "checkpoint half written":
+    strike(checkpoint_management, "update_checkpoint_state_internal")
+if where == "after checkpoint": strike(script.tf.train.CheckpointManager, "save", after=True)
+if where == "before model": strike(script.keras.Model, "save")
+if where == "before figures": strike(script, "plot")
+script.run_as_command(lambda: script.main(sys.argv[3:]))
+"""
+KILLS = [
+    ("before results", 3),  # the second epoch of the first arm
+    ("results half written", 2),  # its third
+    ("checkpoint half written", 1),  # the third epoch again
+    ("before model", 1),
+    ("before checkpoint", 2),  # the second epoch of the second arm
+    ("after checkpoint", 1),
+    ("before figures", 1),
+]
+
+
+def check_history(results, epochs):
+    for arm in ("resnet", "plain"):
+        history = results["arms"][arm]["history"]
+        assert set(history) == {"acc", "loss", "val_acc", "val_loss"}
+        assert [len(values) for values in history.values()] == [epochs] * 4
+        assert all(np.isfinite(values).all() for values in history.values())
+
+
+def test_resume_after_kills(tmp_path):
+    flags = ["--synthetic", "--epochs", "3", "--steps-per-epoch", "4"]
+    trail = []
+    for where, count in KILLS:
+        run = finish(start(["-c", VICTIM, where, count, *flags], tmp_path), tmp_path)
+        assert run.code == -signal.SIGKILL, (where, run.stderr)
+        flags = ["--resume", str(run.folder)]
+        trail.append({a: len(r["history"].get("acc", [])) for a, r in run.results["arms"].items()})
+    run = finish(start(["-c", VICTIM, "nowhere", 1, *flags], tmp_path), tmp_path)
+    assert run.code == 0, run.stderr
+    assert run.results["complete"]
+    check_history(run.results, 3)
+    assert trail[0] == {"resnet": 1}
+    assert trail[-1] == {"resnet": 3, "plain": 3}
+    # what one life wrote, the next ones left alone, but for the epoch they repeated
+    assert len(list((tmp_path / "log" / "resnet_cifar10").iterdir())) == 1
+    assert {path.name for path in run.folder.glob("*.keras")} == {"resnet.keras", "plain.keras"}
+    # a finished run trains nothing more, unless it is given more epochs
+    before = run.results["arms"]
+    run = finish(start(["-c", VICTIM, "nowhere", 1, *flags], tmp_path), tmp_path)
+    assert (run.code, run.results["arms"]) == (0, before)
+    more = [*flags, "--epochs", "4"]
+    run = finish(start(["-c", VICTIM, "nowhere", 1, *more], tmp_path), tmp_path)
+    check_history(run.results, 4)
+    for arm in ("resnet", "plain"):
+        history = run.results["arms"][arm]["history"]
+        assert history["acc"][:3] == before[arm]["history"]["acc"]
+
+
+def test_resume_continues_exactly(monkeypatch):
+    """Weights, moments and step count come back: a restored model takes the same next step."""
+    data = script.load_data(synthetic=True)
+    run_dir = script.pathlib.Path("run")
+    run_dir.mkdir()
+    batch = next(iter(script.make_datasets(data, 64, 0)[0]))
+
+    def compiled():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [keras.Input((24, 24, 3)), keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization()]
+            + [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, "softmax")]
+        )
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=["acc"])
+        return model
+
+    first = compiled()
+    recorder = script.Recorder(first, run_dir, {"arms": {}}, "resnet")
+    first.fit(*batch, epochs=3, verbose=0, shuffle=False, callbacks=[recorder])
+    second = compiled()
+    recorder = script.Recorder(second, run_dir, {"arms": {}}, "resnet")
+    assert int(recorder.epochs_done) == 3
+    assert int(second.optimizer.iterations) == int(first.optimizer.iterations) == 6
+    for model in (first, second):
+        model.train_on_batch(*batch)
+    for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["data-00000-of-00001", "index"])
+def test_damaged_checkpoint(smoke_run, tmp_path, capsys, kind):
+    run_dir = tmp_path / "copy"
+    shutil.copytree(smoke_run("resnet_cifar10").folder, run_dir)
+    (path,) = run_dir.glob(f"checkpoint/resnet/*.{kind}")
+    path.write_bytes(path.read_bytes()[:100])
+    before = (run_dir / "results.json").read_text()
+    flags = ["--resume", str(run_dir), "--epochs", "3"]
+    code, line = helpers.fails_in_one_line(
+        lambda: script.run_as_command(lambda: script.main(flags)), capsys
+    )
+    assert code == 1
+    assert "damaged" in line
+    assert "checkpoint/resnet" in line
+    assert (run_dir / "results.json").read_text() == before
+
+
+def test_device_all_trains_on_two_devices(tmp_path):
+    code = """
+import sys, tensorflow as tf, resnet_cifar10 as script
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+script.NUM_RES_NET_BLOCKS = 1
+strategies = []
+mirrored = tf.distribute.MirroredStrategy
+def watched(devices):
+    strategies.append(mirrored(devices))
+    return strategies[-1]
+tf.distribute.MirroredStrategy = watched
+script.main(["--synthetic", "--epochs", "1", "--steps-per-epoch", "4", "--device", "all"])
+print("replicas", strategies[0].num_replicas_in_sync)
+"""
+    run = finish(start(["-c", code], tmp_path), tmp_path)
+    assert run.code == 0, run.stderr
+    assert "replicas 2" in run.stdout
+    check_history(run.results, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_claim_resnet_learns_faster(seed):
+    """Ten epochs on the real images: the residual network is ahead in training accuracy."""
+    final = script.main(["--epochs", "10", "--seed", str(seed)])
+    assert final["resnet"]["acc"] > final["plain"]["acc"] + 0.02

@@ -1,0 +1,142 @@
+"""Every script, started as a user starts it, with tiny settings: what a run leaves."""
+
+import json
+import re
+
+import helpers
+import pytest
+from helpers import ARMS, ROOT, SCRIPTS, TINY
+
+EVENTS = {
+    "mnist_eager_mlp": {
+        "mlp": {"scalars": {"loss", "accuracy"}},
+        "simple_graph": {"graph": True},
+    },
+    "resnet_cifar10": {
+        f"{arm}{part}": kinds
+        for arm in ("resnet", "plain")
+        for part, kinds in {
+            "": {"images": {f"kernels/image/{i}" for i in range(0)} | {"kernels"}},
+            "/train": {"scalars": {"epoch_acc", "epoch_loss"}},
+            "/validation": {"scalars": {"epoch_acc", "epoch_loss"}},
+        }.items()
+    },
+}
+FIGURES = {
+    "mnist_eager_mlp": ["accuracy.png"],
+    "resnet_cifar10": ["training_accuracy.png", "validation_accuracy.png"],
+}
+HISTORY = {
+    "mnist_eager_mlp": {"loss", "accuracy"},
+    "resnet_cifar10": {"acc", "loss", "val_acc", "val_loss"},
+}
+LOAD_MODELS = """
+import pathlib, sys
+import keras, numpy as np
+for path in map(pathlib.Path, sys.argv[1:]):
+    if path.suffix == ".npz":
+        arrays = dict(np.load(path))
+        values = list(arrays.values())
+    else:
+        model = keras.models.load_model(path)
+        values = model.get_weights()
+        shapes = [(2, *shape[1:]) for shape in [model.input_shape]]
+        assert np.isfinite(model(np.zeros(shapes[0], "float32"))).all()
+    assert values and all(np.isfinite(value).all() for value in values), path
+    print(path.name, sum(value.size for value in values))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results(smoke_run, script):
+    run = smoke_run(script)
+    assert run.code == 0, run.stderr
+    assert run.results["complete"] is True
+    assert run.results["script"] == script
+    assert run.results["data"] == "synthetic"
+    assert run.results["article"] == {}
+    assert run.results["device"] == "CPU"
+    assert set(run.results["versions"]) >= {"tensorflow", "numpy"}
+    assert run.results["config"]["epochs"] == int(TINY[script][TINY[script].index("--epochs") + 1])
+    assert list(run.results["arms"]) == ARMS[script]
+    for record in run.results["arms"].values():
+        assert set(record["history"]) == HISTORY[script]
+        assert {len(values) for values in record["history"].values()} == {
+            run.results["config"]["epochs"]
+        }
+        assert record["seconds"] > 0
+        assert record["final"]["parameters"] > 1000
+    # Nothing is left beside the one folder, and no temporary file in it
+    assert [path.name for path in run.folder.parent.parent.parent.glob("log/*/*")] == [
+        run.folder.name
+    ]
+    assert not list(run.folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_output(smoke_run, script):
+    run = smoke_run(script)
+    lines = run.stdout.splitlines()
+    assert re.fullmatch(r"\d{8}-\d{6}(-synthetic)?(-\d+)?", run.folder.name)
+    assert lines[0].startswith(f"{script} on ")
+    assert lines[-1].startswith("tensorboard --logdir ")
+    assert any(re.match(r"arm +metric +here +article +spread$", line) for line in lines)
+    assert "\r" not in run.stdout
+    assert "\b" not in run.stdout
+    if "--synthetic" in TINY[script]:
+        assert "synthetic" in lines[0]
+        assert "synthetic" in run.folder.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_events(smoke_run, script):
+    run = smoke_run(script)
+    for folder, kinds in EVENTS[script].items():
+        found = helpers.tags(run.folder / folder)
+        for kind, tags in kinds.items():
+            if kind == "graph":
+                assert found["graph"], folder
+            else:
+                assert tags <= found[kind], (folder, kind)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_figures(smoke_run, script):
+    run = smoke_run(script)
+    assert sorted(path.name for path in run.folder.glob("*.png")) == FIGURES[script]
+    for name in FIGURES[script]:
+        content = (run.folder / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert 5_000 < len(content) < 150_000
+
+
+def test_models_load_in_a_fresh_process(smoke_run, tmp_path):
+    paths, parameters = [], {}
+    for script in SCRIPTS:
+        run = smoke_run(script)
+        for arm, record in run.results["arms"].items():
+            (path,) = [p for p in run.folder.glob(f"{arm}.*") if p.suffix in (".keras", ".npz")]
+            paths.append(path)
+            parameters[path.name] = record["final"]["parameters"]
+    run = helpers.finish(helpers.start(["-c", LOAD_MODELS, *paths], tmp_path), tmp_path)
+    assert run.code == 0, run.stderr
+    assert dict(line.split() for line in run.stdout.splitlines()) == {
+        name: str(count) for name, count in parameters.items()
+    }
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_with_the_first_line_of_the_docstring(script, capsys):
+    import importlib
+
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert helpers.source(script).splitlines()[0].removeprefix('"""') in text
+
+
+def test_scripts_count():
+    assert len(SCRIPTS) + len(helpers.MISSING) == len(set(SCRIPTS + helpers.MISSING)) == 11
+    assert all((ROOT / f"{script}.py").exists() for script in SCRIPTS)
+    assert json.loads(json.dumps(TINY)) == TINY
