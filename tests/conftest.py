@@ -21,6 +21,6 @@ def smoke_run(tmp_path_factory):
     @functools.cache
     def run(script):
         folder = tmp_path_factory.mktemp(script)
-        return helpers.run_script(script, helpers.TINY[script], folder)
+        return helpers.run_script(script, helpers.case(script).tiny, folder)
 
     return run

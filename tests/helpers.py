@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import importlib
 import io
 import json
 import os
@@ -13,11 +14,7 @@ import tokenize
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# Every script appears here with flags for a run of seconds; MISSING shortens as scripts arrive.
-TINY = {
-    "mnist_eager_mlp": ["--synthetic", "--epochs", "2", "--steps-per-epoch", "30"],
-    "resnet_cifar10": ["--synthetic", "--epochs", "2", "--steps-per-epoch", "4"],
-}
+# The scripts still to be written; those that are here have a CASE in tests/test_<script>.py.
 MISSING = [
     "bayes_mle",
     "double_q_cartpole",
@@ -29,12 +26,26 @@ MISSING = [
     "reinforce_cartpole",
     "transfer_resnet50",
 ]
-ARMS = {
-    "mnist_eager_mlp": ["mlp"],
-    "resnet_cifar10": ["resnet", "plain"],
-}
 
+Case = collections.namedtuple(
+    "Case",
+    [
+        "tiny",  # flags for a run of seconds
+        "final_epochs",  # how many values each history then has: {arm: number}
+        "history",  # {arm: the names of its histories}
+        "events",  # {folder in the run's: {kind of event: tags}}
+        "figures",  # names of the PNGs, sorted
+        "started",  # what the script prints when training has started, with its defaults
+        "again",  # what it prints when its first epoch or episode is written
+        "bad_flags",  # lists of flags that exit with code 2, beside those of all scripts
+    ],
+)
 Run = collections.namedtuple("Run", "code stdout stderr folder results")
+
+
+def case(script):
+    """Return what a script's own tests tell the tests of all scripts about it."""
+    return importlib.import_module(f"test_{script}").CASE
 
 
 def environment(folder):

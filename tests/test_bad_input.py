@@ -7,9 +7,8 @@ import signal
 import time
 
 import helpers
-import numpy as np
 import pytest
-from helpers import ROOT, SCRIPTS, fails_in_one_line, run_script, start
+from helpers import ROOT, SCRIPTS, case, fails_in_one_line, run_script, start
 
 WITH_DATA = [script for script in SCRIPTS if '"--synthetic"' in helpers.source(script)]
 WITH_RESUME = [script for script in SCRIPTS if '"--resume"' in helpers.source(script)]
@@ -30,23 +29,7 @@ BAD_FLAGS = [
     ["--device", "gpu:99"],
     ["--device", "gpu:"],
 ]
-OWN_BAD_FLAGS = {
-    "mnist_eager_mlp": [
-        ["--steps-per-epoch", "0"],
-        ["--batch-size", "0"],
-        ["--device", "all"],
-    ],
-    "resnet_cifar10": [
-        ["--steps-per-epoch", "0"],
-        ["--batch-size", "0"],
-        ["--arms"],
-        ["--arms", "resnet", "vgg"],
-        ["--resume", "no/such/run"],
-    ],
-}
-CASES = [
-    (script, flags) for script in SCRIPTS for flags in BAD_FLAGS + OWN_BAD_FLAGS.get(script, [])
-]
+CASES = [(script, flags) for script in SCRIPTS for flags in BAD_FLAGS + case(script).bad_flags]
 
 
 @pytest.mark.parametrize(("script", "flags"), CASES, ids=lambda value: "_".join([*value][:3]))
@@ -65,7 +48,7 @@ def test_logdir_is_a_file(script, capsys):
     module = importlib.import_module(script)
     with open("occupied", "w"):
         pass
-    flags = [*helpers.TINY[script], "--logdir", "occupied"]
+    flags = [*case(script).tiny, "--logdir", "occupied"]
     code, line = fails_in_one_line(
         lambda: module.run_as_command(lambda: module.main(flags)), capsys
     )
@@ -77,7 +60,7 @@ def test_logdir_is_a_file(script, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_logdir_cannot_be_written(script, capsys):
     module = importlib.import_module(script)
-    flags = [*helpers.TINY[script], "--logdir", "/proc/nowhere"]
+    flags = [*case(script).tiny, "--logdir", "/proc/nowhere"]
     code, line = fails_in_one_line(
         lambda: module.run_as_command(lambda: module.main(flags)), capsys
     )
@@ -149,18 +132,17 @@ def test_write_results_keeps_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_control_c(script, tmp_path):
-    flags = [*helpers.TINY[script], "--epochs", "1000"]
+    flags = [*case(script).tiny, "--epochs", "1000"]
     process = start([ROOT / f"{script}.py", *flags], tmp_path)
-    for line in process.stdout:  # the second epoch has begun: the first is written
-        if "2/1000" in line or "Epoch: 2" in line:
+    for line in process.stdout:
+        if case(script).again in line:
             break
     process.send_signal(signal.SIGINT)
     run = helpers.finish(process, tmp_path)
     assert run.code == 130, run.stderr
     assert helpers.error_lines(run.stderr)
     assert "Traceback" not in run.stderr
-    (record,) = run.results["arms"].values()
-    assert all(np.isfinite(values).all() and values for values in record["history"].values())
+    assert any(all(record["history"].values()) for record in run.results["arms"].values())
     assert run.results["complete"] is False
 
 

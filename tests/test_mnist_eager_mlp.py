@@ -3,8 +3,20 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import Case
 
 import mnist_eager_mlp as script
+
+CASE = Case(
+    tiny=["--synthetic", "--epochs", "2", "--steps-per-epoch", "30"],
+    final_epochs={"mlp": 2},
+    history={"mlp": ["loss", "accuracy"]},
+    events={"mlp": {"scalars": {"loss", "accuracy"}}, "simple_graph": {"graph": True}},
+    figures=["accuracy.png"],
+    started="Epoch: 1",
+    again="Epoch: 2",
+    bad_flags=[["--steps-per-epoch", "0"], ["--batch-size", "0"], ["--device", "all"]],
+)
 
 
 def one_hot(labels):

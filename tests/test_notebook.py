@@ -7,7 +7,7 @@ import time
 import helpers
 import jupyter_client
 import pytest
-from helpers import SCRIPTS, TINY
+from helpers import SCRIPTS, case
 
 # The defaults want real data; these stand in for the downloads, with the real shapes and types.
 PREPARE = """
@@ -21,10 +21,6 @@ def fake(shape, label_shape):
 keras.datasets.mnist.load_data = fake((28, 28), ())
 keras.datasets.cifar10.load_data = fake((32, 32, 3), (1,))
 """
-STARTED = {
-    "mnist_eager_mlp": "Epoch: 1",
-    "resnet_cifar10": "Epoch 1/30",
-}
 
 
 class Kernel:
@@ -81,12 +77,14 @@ def kernel(tmp_path):
 def test_paste_interrupt_and_run_again(kernel, script):
     assert kernel.run(PREPARE)[2] == []
 
-    stdout, stderr, errors, _ = kernel.run(helpers.source(script), interrupt_at=STARTED[script])
-    assert STARTED[script] in stdout
+    stdout, stderr, errors, _ = kernel.run(
+        helpers.source(script), interrupt_at=case(script).started
+    )
+    assert case(script).started in stdout
     assert errors == []
     assert "interrupted" in stderr
 
-    stdout, _, errors, pictures = kernel.run(f"numbers = main({TINY[script]!r})")
+    stdout, _, errors, pictures = kernel.run(f"numbers = main({case(script).tiny!r})")
     assert errors == []
     assert "tensorboard --logdir" in stdout
     assert pictures >= 1

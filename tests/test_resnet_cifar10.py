@@ -8,11 +8,34 @@ import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import finish, start
+from helpers import Case, finish, start
 
 import resnet_cifar10 as script
 
 keras = script.keras
+
+HISTORY = ["acc", "loss", "val_acc", "val_loss"]
+FITS = {"scalars": {"epoch_acc", "epoch_loss"}}
+CASE = Case(
+    tiny=["--synthetic", "--epochs", "2", "--steps-per-epoch", "4"],
+    final_epochs={"resnet": 2, "plain": 2},
+    history={"resnet": HISTORY, "plain": HISTORY},
+    events={
+        f"{arm}/{part}": kinds
+        for arm in ("resnet", "plain")
+        for part, kinds in {"train": FITS, "validation": FITS, "": {"images": {"kernels"}}}.items()
+    },
+    figures=["training_accuracy.png", "validation_accuracy.png"],
+    started="Epoch 1/30",
+    again="Epoch 2/",
+    bad_flags=[
+        ["--steps-per-epoch", "0"],
+        ["--batch-size", "0"],
+        ["--arms"],
+        ["--arms", "resnet", "vgg"],
+        ["--resume", "no/such/run"],
+    ],
+)
 
 
 def numbered(count):
@@ -128,7 +151,7 @@ def test_difference_5_both_arms_start_alike(smoke_run):
 
 def test_one_arm_alone_gives_what_it_gives_among_both(smoke_run):
     among_both = smoke_run("resnet_cifar10").results["arms"]["plain"]["history"]
-    script.main([*helpers.TINY["resnet_cifar10"], "--arms", "plain"])
+    script.main([*CASE.tiny, "--arms", "plain"])
     (path,) = script.pathlib.Path("log").glob("*/*/results.json")
     arms = json.loads(path.read_text())["arms"]
     assert list(arms) == ["plain"]
@@ -188,7 +211,7 @@ KILLS = [
 def check_history(results, epochs):
     for arm in ("resnet", "plain"):
         history = results["arms"][arm]["history"]
-        assert set(history) == {"acc", "loss", "val_acc", "val_loss"}
+        assert set(history) == set(HISTORY)
         assert [len(values) for values in history.values()] == [epochs] * 4
         assert all(np.isfinite(values).all() for values in history.values())
 
