@@ -10,12 +10,12 @@ difference. Ten such blocks, and ten without the addition, are trained in the sa
     python resnet_cifar10.py --epochs 2 --synthetic   # a look, without a download
     python resnet_cifar10.py --resume log/resnet_cifar10/20300101-120000
 
-Measured @RESULT@
+Measured, seed 0: training accuracy 0.750 and 0.698, the article's 0.745 and 0.688: its lead of five
+points holds. Validation 0.699 and 0.647, far lower at first, while batch norm's averages lag.
 
 Differences from the article:
-1. Images are shuffled, then batched. `batch().shuffle()` shuffled whole batches: the same 64 images
-   stayed together for ever.
-2. The pipeline crops and flips a batch at a time, ahead of the training (`prefetch`).
+1. Images are shuffled, then batched: `batch().shuffle()` kept the same 64 together for ever.
+2. Batches are prepared whole, and ahead of the training (`prefetch`).
 3. Validation counts each test image once. Three batches of 5,000 out of 10,000 repeated some.
 4. Keras 3 writes no images for `write_images`; the first convolution's kernels are written as such.
 5. Both networks start from one seed, and each has its own folder of events.
@@ -179,9 +179,10 @@ def run_as_command(main):
         return main()
     except KeyboardInterrupt:
         code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError) as error:
-        advice = "; see to that path and its disk" if getattr(error, "errno", None) else ""
-        code, message = 1, f"error: {error}{advice}"
+    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
+        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
+        ours = not error.args[1:] and not hasattr(error, "op")
+        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
     print(message, file=sys.stderr)
     if "__file__" in globals():  # a notebook's kernel stays usable
         sys.exit(code)
