@@ -60,6 +60,7 @@ def environment(folder):
         # Nobody listens there: a download fails at once, with a network and without.
         "http_proxy": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
+        "no_proxy": "localhost,127.0.0.1",
     }
 
 
