@@ -80,10 +80,14 @@ def run_workers(folder, flags, kill_in_epoch=0):
         )
         processes.append(start(["-c", WORKER, kill_in_epoch * index, *flags], folder))
     del os.environ["TF_CONFIG"]
-    if kill_in_epoch:
-        processes[1].wait(timeout=120)
-        processes[0].kill()  # it waits for the other; a user stops it as well
-    return [finish(process, folder) for process in processes]
+    try:
+        if kill_in_epoch:
+            processes[1].wait(timeout=120)
+            processes[0].kill()  # it waits for the other; a user stops it as well
+        return [finish(process, folder) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_two_workers_train_one_model_and_go_on_after_a_kill(tmp_path):
