@@ -9,12 +9,13 @@ then `fit`, where a layer that changes nothing carries a metric of its own.
     python metrics_summaries.py                                  # all three parts
     python metrics_summaries.py --synthetic --fit-epochs 10      # no download
 
-Measured @RESULT@
+Measured (seeds 0 to 2): validation accuracy after five epochs of `fit` 0.978 +- 0.003, recorded for
+the article 0.0982; test accuracy after the loop 0.981 +- 0.003; half a minute on two cores.
 
-What made 0.0982: in that run batch norm's averages had evidently stayed at 0 and 1. Dividing by one
-and not by their own deviation, it lets pixels below 0.004 vanish in validation, and every image
-gets the same answer; 982 of the 10,000 are fours. Put back here (the text's pipeline, momentum=1):
-@CAUSE@
+What made 0.0982: batch norm's averages had evidently stayed at 0 and 1. In validation it divides by
+one then, not by a small deviation; pixels below 0.004 vanish, and every image gets one answer: 982
+of the 10,000 are fours. Put back here, the text's pipeline alone gives 0.964; with the averages
+held still as well (momentum=1) seeds 0 to 2 give 0.0982, 0.0893 and 0.0982.
 
 Differences from the article:
 1. Images are divided by 255 once and get their channel once: not twice, and in the loop thrice.
@@ -377,11 +378,11 @@ def train_with_fit(args, data, run_dir, results):
 
 def plot(run_dir, results, rows):
     """Draw the article's curves: the loop's `rows` by batch, accuracy and deviation from `fit`."""
-    rows = np.array(rows).reshape(-1, 3)
+    rows, every = np.array(rows).reshape(-1, 3), f", every {results['config']['log_freq']} batches"
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axes, values, tag in zip(panels, rows[:, 1:].T, ("loss", "acc")):
         axes.plot(rows[:, 0], values)
-        axes.set(xlabel="batch", ylabel=tag, title=f"custom loop on {results['data']}")
+        axes.set(xlabel="batch", ylabel=tag, title=f"custom loop on {results['data']}{every}")
     save_figure(figure, run_dir / "loop.png")
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
