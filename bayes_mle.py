@@ -313,6 +313,7 @@ def update_prior(args, run_dir, results):
     record = {"history": {"mean": means, "stddev": stddevs}}
     record["final"] = {"mean": means[-1], "stddev": stddevs[-1]}
     results["arms"]["prior"] = record | {"seconds": time.perf_counter() - start}
+    write_results(run_dir, results)
     print(f"heights: {PRIOR_MEAN} cm before, {means[-1]:.1f} cm after {PUPILS} pupils")
     return curves
 
@@ -388,7 +389,8 @@ def plot(run_dir, arm, x, y, found):
             mean, stddev = found[name].mean()[:, 0], found[name].stddev()[:, 0]
             axes.plot(x, mean, label=labels[name], linestyle="--" if name == "truth" else "-")
             if name != "truth" and arm == "growing_noise":
-                axes.fill_between(x[:, 0], mean - 2 * stddev, mean + 2 * stddev, alpha=0.15)
+                band = {"alpha": 0.15, "label": f"{labels[name]}, two standard deviations"}
+                axes.fill_between(x[:, 0], mean - 2 * stddev, mean + 2 * stddev, **band)
         axes.set(xlabel="x", ylabel="y", title=f"{arm.replace('_', ' ')}: {kind}")
         axes.legend(loc="upper left")
         save_figure(figure, run_dir / f"{arm}_{kind}.png")
