@@ -14,7 +14,7 @@ and its growing noise.
 Measured (seeds 0 to 4): the first fit misses least squares by up to 0.07 in slope and 0.21 in
 intercept; the second its maximum by 0.05, 0.004, 1.0, 4.8 and 0.002 NLL a point, so that its band
 holds 92, 95, 61, 42 and 95 % of the points. `--converge` reaches both to 0.001; the bands hold
-95 to 98 %. Ten seconds on two cores, twenty with `--converge`.
+95 to 98 %. Ten seconds on two cores, fifteen with `--converge`.
 
 Differences from the article:
 1. Everything is a column (N, 1). Today's Keras refuses an x of shape (N,); with a column y the

@@ -292,7 +292,7 @@ def add_epoch(run_dir, results, arm, values, start):
 
 
 def train(args, data, run_dir, results):
-    """Train the CNN in the custom loop; return the rows (step, loss, accuracy) that it wrote."""
+    """Train the CNN in the custom loop, on one device; return its rows (step, loss, accuracy)."""
     keras.utils.set_random_seed(args.seed)
     train_dataset, valid_dataset = mnist_datasets(data, args.batch_size, args.seed)
     model, optimizer = build_model(), keras.optimizers.Adam()
