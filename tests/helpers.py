@@ -21,9 +21,7 @@ MISSING = [
     "dueling_q_cartpole",
     "dueling_q_spaceinvaders",
     "gap_cats_dogs",
-    "keras_pg_weighted_ce",
     "metrics_summaries",
-    "reinforce_cartpole",
     "transfer_resnet50",
 ]
 
