@@ -372,7 +372,7 @@ def train(seed, args, run_dir, results):
                 break
     final = recorder.run["final"]
     final["reward"] = statistics.mean(recorder.history["reward"][-100:])
-    greedy = [play(env, lambda state: np.argmax(policy(state)), seed) for seed in range(10)]
+    greedy = [play(env, lambda state: np.argmax(policy(state))) for _ in range(10)]
     final |= {"greedy_reward": statistics.mean(greedy), "parameters": network.count_params()}
     if seed == args.seed:
         network.save(run_dir / "reinforce.keras")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import Case, finish, start
+from PIL import Image
 
 import keras_pg_weighted_ce as script
 import reinforce_cartpole
@@ -316,7 +317,7 @@ def test_pong_trains_resumes_and_saves_an_animation(short_pong):
     rewards = results["arms"]["agent"]["history"]["reward"]
     assert len(rewards) == 12
     assert final["reward"] == np.mean(rewards) < 0
-    with script.Image.open(run_dir / "agent.gif") as animation:
+    with Image.open(run_dir / "agent.gif") as animation:
         assert (animation.size, animation.n_frames > 10) == ((160, 210), True)
     keras.utils.set_random_seed(0)
     first = script.build_model("ALE/Pong-v5", 6400).get_weights()
