@@ -20,8 +20,6 @@ MISSING = [
     "dueling_q_cartpole",
     "dueling_q_spaceinvaders",
     "gap_cats_dogs",
-    "keras_pg_weighted_ce",
-    "reinforce_cartpole",
     "transfer_resnet50",
 ]
 
