@@ -4,12 +4,18 @@
     python tests/benchmark.py mnist resnet     # those whose name holds one of the words
 
 "The article's way" is written anew here as the article describes it. Data are made up: arithmetic
-takes as long on noise. Leave the machine alone meanwhile.
+takes as long on noise. Leave the machine alone meanwhile. stable-baselines3's rows are left out
+where it cannot be imported, by this Python or by the one that SB3_PYTHON names.
 """
 
+import contextlib
+import io
 import os
 import pathlib
+import random
+import subprocess
 import sys
+import tempfile
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -126,7 +132,180 @@ def resnet():
     fit_against_bound("resnet_cifar10", model, dataset, steps=60)
 
 
-ROWS = [mnist, resnet]
+class ArticleDuelingNetwork(keras.Model):
+    """The article's DQModel with its value stream, called layer by layer."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {
+            "dense1": 30,
+            "dense2": 30,
+            "adv_dense": 30,
+            "adv_out": 2,
+            "v_dense": 30,
+            "v_out": 1,
+        }
+        for name, units in sizes.items():
+            activation = None if name.endswith("out") else "relu"
+            layer = keras.layers.Dense(units, activation, kernel_initializer="he_normal", name=name)
+            setattr(self, name, layer)
+
+    def call(self, inputs):
+        x = self.dense2(self.dense1(inputs))
+        adv = self.adv_out(self.adv_dense(x))
+        return self.v_out(self.v_dense(x)) + adv - tf.reduce_mean(adv, axis=1, keepdims=True)
+
+
+def article_q_network(dueling):
+    """Return the article's network, built and compiled."""
+    dense, he = keras.layers.Dense, {"activation": "relu", "kernel_initializer": "he_normal"}
+    layers = [dense(30, **he), dense(30, **he), dense(2)]
+    network = ArticleDuelingNetwork() if dueling else keras.Sequential(layers)
+    network(np.zeros((1, 4), "float32"))
+    network.compile(optimizer=keras.optimizers.Adam(), loss="mse")
+    return network
+
+
+def article_q_agent(dueling):
+    """Return play(steps), which trains Double Q the article's way and returns its steps a second.
+
+    A list of tuples, networks called eagerly, NumPy between them, `train_on_batch`, and one
+    assignment a variable.
+    """
+    import gymnasium
+
+    primary, target = article_q_network(dueling), article_q_network(dueling)
+    env = gymnasium.make("CartPole-v1", max_episode_steps=200)
+    memory, rows = [], np.arange(32)
+    states = [env.reset(seed=0)[0]]  # the last one is where the agent is
+
+    def train():
+        batch = random.sample(memory, 32)
+        state, action, reward = (np.array([sample[i] for sample in batch]) for i in range(3))
+        following = np.array([np.zeros(4) if s[3] is None else s[3] for s in batch])
+        target_q = primary(state).numpy()
+        best = np.argmax(primary(following).numpy(), axis=1)
+        q_from_target = target(following).numpy()
+        valid = following.sum(axis=1) != 0
+        reward[valid] += 0.95 * q_from_target[rows[valid], best[valid]]
+        target_q[rows, action] = reward
+        loss = primary.train_on_batch(state, target_q)
+        for t, e in zip(target.trainable_variables, primary.trainable_variables):
+            t.assign(t * (1 - 0.08) + e * 0.08)
+        return loss
+
+    def play(steps):
+        start = time.perf_counter()
+        for _ in range(steps):
+            greedy = random.random() >= 0.01
+            action = (
+                int(np.argmax(primary(states[-1].reshape(1, -1))))
+                if greedy
+                else env.np_random.integers(2)
+            )
+            state, _, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+            reward = np.random.normal(1.0, 1.0)
+            memory.append((states.pop(), action, reward, None if done else state))
+            if len(memory) > 50000:
+                memory.pop(0)
+            if len(memory) >= 96:
+                train()
+            states.append(env.reset()[0] if done else state)
+        return steps / (time.perf_counter() - start)
+
+    return play
+
+
+def our_q_agent(script, arm, flags):
+    """Return play(steps): the script's own `train`, steps a second once everything is compiled."""
+
+    class Stopwatch(script.EpisodeRecorder):
+        """Records as the script does, and notes when each episode ended."""
+
+        def add(self, reward, avg_loss):
+            super().add(reward, avg_loss)
+            notes.append((sum(self.history["reward"]), time.perf_counter()))
+
+    def play(steps):
+        notes.clear()
+        args = script.build_parser().parse_args([*flags, "--max-steps", str(steps)])
+        results = {"arms": {}}
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            script.train(arm, 0, args, pathlib.Path(folder), results)
+        first, last = next(note for note in notes if note[0] >= 500), notes[-1]
+        return (last[0] - first[0]) / (last[1] - first[1])
+
+    notes = []
+    script.EpisodeRecorder = Stopwatch
+    return play
+
+
+STABLE_BASELINES3 = """
+import sys, time
+import gymnasium, torch
+from stable_baselines3 import DQN
+torch.set_num_threads(1)  # faster than two, for a network of this size
+model = DQN(
+    "MlpPolicy", gymnasium.make("CartPole-v1", max_episode_steps=200), learning_rate=1e-3,
+    buffer_size=50000, learning_starts=96, batch_size=32, tau=0.08, gamma=0.95, train_freq=1,
+    gradient_steps=1, target_update_interval=1, exploration_initial_eps=0.01,
+    exploration_final_eps=0.01, policy_kwargs={"net_arch": [30] * int(sys.argv[1])}, device="cpu",
+)
+print("ready", flush=True)
+for line in sys.stdin:
+    start = time.perf_counter()
+    model.learn(int(line), reset_num_timesteps=False)
+    print(int(line) / (time.perf_counter() - start), flush=True)
+"""
+
+
+def stable_baselines3_agent(hidden_layers):
+    """Return play(steps) of stable-baselines3's DQN with the same settings, or None without it."""
+    python = os.environ.get("SB3_PYTHON", sys.executable)
+    arguments = [python, "-c", STABLE_BASELINES3, str(hidden_layers)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(arguments, text=True, bufsize=1, **pipes)
+    if process.stdout.readline() != "ready\n":
+        return None
+
+    def play(steps):
+        process.stdin.write(f"{steps}\n")
+        return float(process.stdout.readline())
+
+    return play
+
+
+def q_learning():
+    """double_q_cartpole, dueling_q_cartpole: environment steps/s, with a gradient step each."""
+    import double_q_cartpole
+    import dueling_q_cartpole
+
+    greedy = {"double": ["--epsilon-decay", "1"], "dueling": ["--epsilon-min-iter", "1"]}
+    for script, arm, hidden_layers in (
+        (double_q_cartpole, "double", 2),
+        (dueling_q_cartpole, "dueling", 3),
+    ):
+        contestants = {
+            "here": (our_q_agent(script, arm, greedy[arm]), 6000),
+            "the article's way": (article_q_agent(arm == "dueling"), 300),
+            "stable-baselines3's DQN": (stable_baselines3_agent(hidden_layers), 1000),
+        }
+        if contestants["stable-baselines3's DQN"][0] is None:
+            del contestants["stable-baselines3's DQN"]
+            print(f"{script.SCRIPT:<26}stable-baselines3 is not installed: its row is left out")
+        rates = {name: [] for name in contestants}
+        for i in range(6):  # in turns; the first one warms up
+            for name, (play, steps) in contestants.items():
+                rates[name] += [play(steps)][: i > 0]
+        medians = {name: np.median(values) for name, values in rates.items()}
+        print({name: round(float(value)) for name, value in medians.items()}, "steps/s")
+        for name, must in (("the article's way", 15), ("stable-baselines3's DQN", 2.5)):
+            if name in medians:
+                show(script.SCRIPT, "steps/s", name, medians["here"] / medians[name], must)
+
+
+ROWS = [mnist, resnet, q_learning]
 
 if __name__ == "__main__":
     words = sys.argv[1:]
