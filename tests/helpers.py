@@ -20,11 +20,9 @@ MISSING = [
     "double_q_cartpole",
     "dueling_q_cartpole",
     "dueling_q_spaceinvaders",
-    "gap_cats_dogs",
     "keras_pg_weighted_ce",
     "metrics_summaries",
     "reinforce_cartpole",
-    "transfer_resnet50",
 ]
 
 Case = collections.namedtuple(
@@ -53,6 +51,7 @@ def environment(folder):
     return {
         "HOME": str(folder),
         "KERAS_HOME": str(folder / "keras"),
+        "TFDS_DATA_DIR": str(folder / "tensorflow_datasets"),
         "MPLCONFIGDIR": str(folder / "matplotlib"),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "MPLBACKEND": "agg",
