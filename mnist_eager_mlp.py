@@ -189,10 +189,7 @@ def run_as_command(main):
 
 
 def synthetic_images(count, shape, seed):
-    """Make images of ten classes that can be learned: each has its own coarse pattern, under noise.
-
-    Returns images (count, *shape) and labels (count,), both uint8.
-    """
+    """Make images (count, *shape) and labels (count,), uint8: each class a pattern under noise."""
     patterns = np.random.default_rng(0).uniform(size=(NUM_CLASSES, 4, 4, *shape[2:]))
     patterns = patterns.repeat(shape[0] // 4, axis=1).repeat(shape[1] // 4, axis=2)
     rng = np.random.default_rng(seed)

@@ -65,6 +65,8 @@ def test_importing_a_script_runs_nothing(script):
     kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
     assert isinstance(body[0], ast.Expr)
     assert ast.unparse(body[-1]) == "if __name__ == '__main__':\n    run_as_command(main)"
+    # Where TF_CONFIG is set, keras is another package
+    body = [node for node in body if not ast.unparse(node).startswith("if 'TF_CONFIG' in")]
     assert all(isinstance(node, kinds) for node in body[1:-1])
 
 

@@ -291,27 +291,6 @@ def test_damaged_checkpoint(smoke_run, tmp_path, capsys, kind):
     assert (run_dir / "results.json").read_text() == before
 
 
-def test_device_all_trains_on_two_devices(tmp_path):
-    code = """
-import sys, tensorflow as tf, resnet_cifar10 as script
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-script.NUM_RES_NET_BLOCKS = 1
-strategies = []
-mirrored = tf.distribute.MirroredStrategy
-def watched(devices):
-    strategies.append(mirrored(devices))
-    return strategies[-1]
-tf.distribute.MirroredStrategy = watched
-script.main(["--synthetic", "--epochs", "1", "--steps-per-epoch", "4", "--device", "all"])
-print("replicas", strategies[0].num_replicas_in_sync)
-"""
-    run = finish(start(["-c", code], tmp_path), tmp_path)
-    assert run.code == 0, run.stderr
-    assert "replicas 2" in run.stdout
-    check_history(run.results, 1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_claim_resnet_learns_faster(seed):

@@ -14,6 +14,12 @@ for path in map(pathlib.Path, sys.argv[1:]):
     if path.suffix == ".npz":
         arrays = dict(np.load(path))
         values = list(arrays.values())
+    elif path.name.endswith(".weights.h5"):  # of a layer that makes distributions
+        import bayes_mle
+        arm = path.name.removesuffix(".weights.h5")
+        model = bayes_mle.build_model(arm)
+        model.load_weights(path)
+        values = model.get_weights()
     else:
         model = keras.models.load_model(path)
         values = model.get_weights()
@@ -90,8 +96,11 @@ def test_models_load_in_a_fresh_process(smoke_run, tmp_path):
     paths, parameters = [], {}
     for script in SCRIPTS:
         run = smoke_run(script)
-        for arm, record in run.results["arms"].items():
-            (path,) = [p for p in run.folder.glob(f"{arm}.*") if p.suffix in (".keras", ".npz")]
+        trained = {a: r for a, r in run.results["arms"].items() if "parameters" in r["final"]}
+        assert trained
+        for arm, record in trained.items():
+            suffixes = (".keras", ".npz", ".h5")
+            (path,) = [p for p in run.folder.glob(f"{arm}.*") if p.suffix in suffixes]
             paths.append(path)
             parameters[path.name] = record["final"]["parameters"]
     run = helpers.finish(helpers.start(["-c", LOAD_MODELS, *paths], tmp_path), tmp_path)
