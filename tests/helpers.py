@@ -17,8 +17,6 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # The scripts still to be written; those that are here have a CASE in tests/test_<script>.py.
 MISSING = [
     "dueling_q_spaceinvaders",
-    "gap_cats_dogs",
-    "transfer_resnet50",
 ]
 
 Case = collections.namedtuple(

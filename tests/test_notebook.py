@@ -22,6 +22,22 @@ keras.datasets.mnist.load_data = fake((28, 28), ())
 keras.datasets.cifar10.load_data = fake((32, 32, 3), (1,))
 """
 
+# For the scripts that need them: photographs without TFDS, a ResNet50 without its weights.
+PREPARE_PHOTOGRAPHS = """
+import pathlib, numpy as np, tensorflow as tf, tensorflow_datasets as tfds
+from keras.applications import resnet50
+class Builder:
+    data_path = pathlib.Path.cwd() / "a" / "b"
+    data_path.mkdir(parents=True)
+def photographs(name, split, **options):
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (100, 50, 60, 3), dtype="uint8"), rng.integers(0, 2, 100)
+    return [tf.data.Dataset.from_tensor_slices(data) for _ in split]
+tfds.builder, tfds.load = (lambda name, data_dir: Builder), photographs
+original = resnet50.ResNet50
+resnet50.ResNet50 = lambda top, weights, *options: original(top, None, *options)
+"""
+
 
 class Kernel:
     """A Jupyter kernel in a folder, and what its cells print and show."""
@@ -76,6 +92,8 @@ def kernel(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_paste_interrupt_and_run_again(kernel, script):
     assert kernel.run(PREPARE)[2] == []
+    if "import tensorflow_datasets" in helpers.source(script):
+        assert kernel.run(PREPARE_PHOTOGRAPHS)[2] == []
 
     stdout, stderr, errors, _ = kernel.run(
         helpers.source(script), interrupt_at=case(script).started
