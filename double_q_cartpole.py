@@ -163,13 +163,13 @@ def report(run_dir, results):
     """Print the final values beside the article's, the files, and how to see the events."""
     epochs, in_article = results["config"]["epochs"], build_parser().get_default("epochs")
     print(f"\n{SCRIPT} on {results['data']}: {epochs} epochs here, {in_article} in the article")
-    print(f"{'arm':<16}{'metric':<24}{'here':>12}{'article':>12}{'spread':>12}")
+    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
     for arm, record in results["arms"].items():
         final, article = record["final"], results["article"].get(arm, {})
         for metric in final | article:
             values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
             cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<24}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
+            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
     print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
 
 
@@ -179,9 +179,10 @@ def run_as_command(main):
         return main()
     except KeyboardInterrupt:
         code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError) as error:
-        advice = "; see to that path and its disk" if getattr(error, "errno", None) else ""
-        code, message = 1, f"error: {error}{advice}"
+    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
+        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
+        ours = not error.args[1:] and not hasattr(error, "op")
+        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
     print(message, file=sys.stderr)
     if "__file__" in globals():  # a notebook's kernel stays usable
         sys.exit(code)

@@ -216,16 +216,12 @@ def resume_run(args, argv):
 # --- Episodes: the same text in every script that plays ---
 
 
-def play(env, policy, seed=None, frames=None):
-    """Play an episode with policy(state) -> action; return its reward, and append to `frames`."""
-    state, _ = env.reset(seed=seed)
-    total, ended = 0.0, False
+def play(env, policy):
+    """Play an episode with policy(state) -> action; return its reward."""
+    (state, _), total, ended = env.reset(), 0.0, False
     while not ended:
-        if frames is not None:
-            frames.append(env.render())
         state, reward, terminated, truncated, _ = env.step(policy(state))
-        total += reward
-        ended = terminated or truncated
+        total, ended = total + reward, terminated or truncated
     return total
 
 

@@ -192,75 +192,57 @@ def run_as_command(main):
 # --- Episodes: the same text in every script that plays ---
 
 
-class EpisodeRecorder:
-    """Records one training run of an arm: history, events, lines, results.json.
-
-    Used in a `with` statement, so that an interrupted run is written too.
-    """
+class EpisodeRecorder(contextlib.AbstractContextManager):
+    """Records one run of an arm, in a `with` statement: an interrupted run is written, too."""
 
     def __init__(self, run_dir, results, arm, seed, episodes):
-        self.run_dir, self.results, self.arm = run_dir, results, arm
-        new = {"history": {}, "final": {}, "spread": {}, "seconds": 0.0, "runs": []}
-        self.record = results["arms"].setdefault(arm, new)
-        self.history = {"reward": [], "avg loss": []}
+        self.run_dir, self.results, self.name = run_dir, results, f"{arm}, seed {seed}"
+        self.history, self.every = {"reward": [], "avg loss": []}, max(1, episodes // 20)
         self.run = {"seed": seed, "history": self.history, "final": {}, "seconds": 0.0}
-        self.record["runs"].append(self.run)
-        self.record["history"] = self.record["runs"][0]["history"]
-        self.every = max(1, episodes // 20)
-        self.bar = keras.utils.Progbar(episodes, verbose=VERBOSE % 2, stateful_metrics=["reward"])
-        folder = run_dir / arm if len(self.record["runs"]) == 1 else run_dir / arm / f"seed_{seed}"
+        new = {"history": self.history, "final": {}, "seconds": 0.0, "runs": []}
+        runs = results["arms"].setdefault(arm, new)["runs"]
+        runs.append(self.run)
+        folder = run_dir / arm / (f"seed_{seed}" if runs[1:] else "")
         self.writer = tf.summary.create_file_writer(str(folder))
-
-    def __enter__(self):
+        self.bar = keras.utils.Progbar(episodes, verbose=VERBOSE % 2, stateful_metrics=["reward"])
         self.start = self.written = time.perf_counter()
-        return self
 
     def add(self, reward, avg_loss):
         """Record an episode: its reward, and its mean loss or None before training."""
-        self.history["reward"].append(reward)
-        self.history["avg loss"].append(avg_loss)
-        episode = len(self.history["reward"])
-        with self.writer.as_default(step=episode):
-            tf.summary.scalar("reward", reward)
-            if avg_loss is not None:
-                tf.summary.scalar("avg loss", avg_loss)
+        episode = len(self.history["reward"]) + 1
+        for tag, value in {"reward": reward, "avg loss": avg_loss}.items():
+            self.history[tag].append(value)
+            if value is not None:
+                with self.writer.as_default(step=episode):
+                    tf.summary.scalar(tag, value)
         self.bar.update(episode, [("reward", reward)])
-        if VERBOSE == 2 and (episode % self.every == 0 or episode == 1):
-            recent = np.mean(self.history["reward"][-self.every :])
-            print(f"{self.arm}, seed {self.run['seed']}, episode {episode}: reward {recent:.1f}")
+        if VERBOSE == 2 and (episode == 1 or episode % self.every == 0):
+            print(f"{self.name}, episode {episode}: reward {reward:.0f}")
         if time.perf_counter() - self.written > 3:
-            self.write()
-
-    def write(self):
-        self.written = time.perf_counter()
-        self.run["seconds"] = self.written - self.start
-        write_results(self.run_dir, self.results)
+            self.__exit__()
 
     def __exit__(self, *error):
+        self.written = time.perf_counter()
+        self.run["seconds"] = self.written - self.start
         self.writer.flush()
-        self.write()
+        write_results(self.run_dir, self.results)
 
 
 def summarise(record):
     """Make an arm's final values the means over its runs, its spread their standard deviations."""
-    for metric in record["runs"][0]["final"]:
-        values = [run["final"][metric] for run in record["runs"]]
-        record["final"][metric] = statistics.mean(values)
-        if len(values) > 1:
-            record["spread"][metric] = statistics.stdev(values)
+    finals = [run["final"] for run in record["runs"]]
+    for name, of in {"final": statistics.mean, "spread": statistics.stdev}.items():
+        if name == "final" or finals[1:]:  # a single run has no spread
+            record[name] = {key: of([final[key] for final in finals]) for key in finals[0]}
     record["seconds"] = sum(run["seconds"] for run in record["runs"])
 
 
-def play(env, policy, seed=None, frames=None):
-    """Play an episode with policy(state) -> action; return its reward, and append to `frames`."""
-    state, _ = env.reset(seed=seed)
-    total, ended = 0.0, False
+def play(env, policy):
+    """Play an episode with policy(state) -> action; return its reward."""
+    (state, _), total, ended = env.reset(), 0.0, False
     while not ended:
-        if frames is not None:
-            frames.append(env.render())
         state, reward, terminated, truncated, _ = env.step(policy(state))
-        total += reward
-        ended = terminated or truncated
+        total, ended = total + reward, terminated or truncated
     return total
 
 
