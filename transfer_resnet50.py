@@ -200,10 +200,7 @@ def run_as_command(main):
 
 
 def resume_run(args, argv):
-    """Return (args, run_dir, results) of the run that --resume names, with its own flags.
-
-    --epochs and --device may be given anew; any other flag that differs exits with code 2.
-    """
+    """Return (args, run_dir, results) of the run in --resume: only --epochs and --device change."""
     parser, run_dir, results = build_parser(), pathlib.Path(args.resume), {}
     with contextlib.suppress(OSError, ValueError):
         results = json.loads((run_dir / "results.json").read_text())
@@ -371,7 +368,6 @@ def train(arm, args, base, sets, run_dir, results):
     final = {metric: values[-1] for metric, values in recorder.record["history"].items()}
     final["test_accuracy"] = network.evaluate(test_dataset, verbose=VERBOSE)[1]
     recorder.record["final"] = final | {"parameters": model.count_params()}
-    write_results(run_dir, results)
 
 
 # --- Plots ---
