@@ -9,7 +9,9 @@ images by heart. Global average pooling (GAP) has none: it keeps the mean of eac
     python gap_cats_dogs.py                          # four networks, 7 epochs each; fetches 800 MB
     python gap_cats_dogs.py --epochs 2 --synthetic   # a look, without a download
 
-Measured @RESULT@
+Measured, seed 0, training / validation / test accuracy: fc 0.983 / 0.804 / 0.821, avgpool 0.880 /
+0.776 / 0.798, gap 0.814 / 0.755 / 0.773. fc overfits: from the second epoch on its validation loss
+rises, 0.47 to 0.72. gap's parts least, but its accuracy is the lowest: it learns slowly.
 
 Differences from the article:
 1. Each network has its own head, all with the same first weights. The article's share one object:
@@ -362,7 +364,6 @@ def train(arm, args, sets, run_dir, results):
     final = {metric: values[-1] for metric, values in recorder.record["history"].items()}
     final["test_accuracy"] = model.evaluate(cat_test, verbose=VERBOSE)[1]
     recorder.record["final"] = final | {"parameters": model.count_params()}
-    write_results(run_dir, results)
 
 
 # --- Plots ---
@@ -383,8 +384,8 @@ def plot(run_dir, results, samples):
                 values = record["history"].get(prefix + metric, [])
                 label = f"{labels[arm]} {'validation' if prefix else 'training'}"
                 axes.plot(range(1, len(values) + 1), values, f"C{i}{line}", label=label)
-        axes.set(title=f"{metric} on {results['data']}", xlabel="epoch", ylabel=metric)
-        axes.legend(ncols=2)
+        axes.set(title=f"Back ends: {metric} on {results['data']}", xlabel="epoch", ylabel=metric)
+        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
         save_figure(figure, run_dir / f"{metric}.png")
 
 

@@ -368,7 +368,6 @@ def train(arm, args, base, sets, run_dir, results):
     final = {metric: values[-1] for metric, values in recorder.record["history"].items()}
     final["test_accuracy"] = network.evaluate(test_dataset, verbose=VERBOSE)[1]
     recorder.record["final"] = final | {"parameters": model.count_params()}
-    write_results(run_dir, results)
 
 
 # --- Plots ---

@@ -180,31 +180,49 @@ def test_difference_3_4_6_come_from_the_same_code():
         assert text[begin : text.index("\n\n\n", begin)] in helpers.source("transfer_resnet50")
 
 
-def test_differences_3_4_5_6_each_image_once(tmp_path, monkeypatch):
+def test_differences_3_4_6_each_image_once(tmp_path, monkeypatch):
     photographs.prepare(tmp_path)
-    args = script.parse_args(["--data-dir", str(tmp_path), "--arms", "cnn"])
+    args = script.parse_args(["--data-dir", str(tmp_path), "--arms", "cnn", "--epochs", "1"])
+    args.steps_per_epoch = 1
     sets, base = script.load_data(args)
     assert base is None  # nothing is fetched that is not used
-    shutil.rmtree(tmp_path / "cats_vs_dogs")  # from here on, the images come from memory
-    asked = []
-    original = script.batch_sets
-    monkeypatch.setattr(script, "batch_sets", lambda *a: asked.append(original(*a)) or asked[-1])
-    windows = []
-    monkeypatch.setattr(
-        script.tf.data.Dataset,
-        "shuffle",
-        lambda self, window, **options: windows.append(window) or self,
-    )
-    monkeypatch.setattr(script, "IMAGE_SIZE", 100)
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    args.epochs, args.steps_per_epoch = 1, 1
-    script.train("cnn", args, None, sets, run_dir, {"arms": {}})
-    assert windows == [32]
-    ((train_dataset, *others),) = asked
+    made, windows, evaluated = [], [], []
+    batch_sets, evaluate = script.batch_sets, keras.Model.evaluate
+
+    def watched(self, x, **options):
+        evaluated.append(x)
+        return evaluate(self, x, **options)
+
+    def shuffle(self, window, **options):
+        windows.append(window)
+        return self
+
+    monkeypatch.setattr(script, "batch_sets", lambda *a: made.append(batch_sets(*a)) or made[-1])
+    monkeypatch.setattr(tf.data.Dataset, "shuffle", shuffle)
+    monkeypatch.setattr(keras.Model, "evaluate", watched)
+    (tmp_path / "run").mkdir()
+    script.train("cnn", args, None, sets, tmp_path / "run", {"arms": {}})
+    ((train_dataset, *others),) = made
+    assert windows == [32]  # all of the training images
+    assert [x is others[1] for x in evaluated] == [False, True]  # validation, then the test
     greys = [[int(i[0, 0, 0]) for images, _ in dataset for i in images] for dataset in others]
     greys += [[int(i[0, 0, 0]) for images, _ in train_dataset.take(1) for i in images[:32]]]
     assert sorted(sum(greys, [])) == list(photographs.GREYS)
+
+
+def test_difference_5_images_are_decoded_once(monkeypatch):
+    decoded, original = [], script.synthetic_photographs
+
+    def noted(image, label):
+        tf.py_function(decoded.append, [label], [])
+        return image, label
+
+    monkeypatch.setattr(script, "synthetic_photographs", lambda count: original(10).map(noted))
+    sets, _ = script.load_data(arguments("--arms", "cnn"))
+    assert len(decoded) == 30
+    for dataset in sets * 2:
+        list(dataset)
+    assert len(decoded) == 30
 
 
 # --- Bad data and weights ---
