@@ -8,14 +8,11 @@ takes as long on noise. Leave the machine alone meanwhile. stable-baselines3's r
 where it cannot be imported, by this Python or by the one that SB3_PYTHON names.
 """
 
-import contextlib
-import io
 import os
 import pathlib
 import random
 import subprocess
 import sys
-import tempfile
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -217,30 +214,23 @@ def article_q_agent(dueling):
     return play
 
 
-def our_q_agent(script, arm, flags):
-    """Return play(steps): the script's own `train`, steps a second once everything is compiled."""
-
-    class Stopwatch(script.EpisodeRecorder):
-        """Records as the script does, and notes when each episode ended."""
-
-        def add(self, reward, avg_loss):
-            super().add(reward, avg_loss)
-            notes.append((sum(self.history["reward"]), time.perf_counter()))
-
-    def play(steps):
-        notes.clear()
-        args = script.build_parser().parse_args([*flags, "--max-steps", str(steps)])
-        results = {"arms": {}}
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            script.train(arm, 0, args, pathlib.Path(folder), results)
-        first, last = next(note for note in notes if note[0] >= 500), notes[-1]
-        return (last[0] - first[0]) / (last[1] - first[1])
-
-    notes = []
-    script.EpisodeRecorder = Stopwatch
-    return play
-
-
+# Two programs that read a number of steps a line, play them, and answer with steps a second.
+OUR_Q_AGENT = """
+import contextlib, importlib, io, sys, tempfile, time
+script, flags, notes = importlib.import_module(sys.argv[1]), sys.argv[2:], []
+class Stopwatch(script.EpisodeRecorder):
+    def add(self, reward, avg_loss):
+        super().add(reward, avg_loss)
+        notes.append((sum(self.history["reward"]), time.perf_counter()))
+script.EpisodeRecorder = Stopwatch
+print("ready", flush=True)
+for line in sys.stdin:
+    notes.clear()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        script.main([*flags, "--max-steps", line.strip(), "--logdir", folder])
+    first, last = next(note for note in notes if note[0] >= 500), notes[-1]  # all is compiled
+    print((last[0] - first[0]) / (last[1] - first[1]), flush=True)
+"""
 STABLE_BASELINES3 = """
 import sys, time
 import gymnasium, torch
@@ -260,12 +250,12 @@ for line in sys.stdin:
 """
 
 
-def stable_baselines3_agent(hidden_layers):
-    """Return play(steps) of stable-baselines3's DQN with the same settings, or None without it."""
-    python = os.environ.get("SB3_PYTHON", sys.executable)
-    arguments = [python, "-c", STABLE_BASELINES3, str(hidden_layers)]
+def child_agent(python, code, *arguments):
+    """Return play(steps), which has a program play them, or None where it cannot start."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(arguments, text=True, bufsize=1, **pipes)
+    env = {**os.environ, "PYTHONPATH": sys.path[0]}
+    command = [python, "-c", code, *arguments]
+    process = subprocess.Popen(command, env=env, text=True, bufsize=1, **pipes)
     if process.stdout.readline() != "ready\n":
         return None
 
@@ -278,31 +268,28 @@ def stable_baselines3_agent(hidden_layers):
 
 def q_learning():
     """double_q_cartpole, dueling_q_cartpole: environment steps/s, with a gradient step each."""
-    import double_q_cartpole
-    import dueling_q_cartpole
-
-    greedy = {"double": ["--epsilon-decay", "1"], "dueling": ["--epsilon-min-iter", "1"]}
-    for script, arm, hidden_layers in (
-        (double_q_cartpole, "double", 2),
-        (dueling_q_cartpole, "dueling", 3),
+    sb3_python = os.environ.get("SB3_PYTHON", sys.executable)
+    for script, hidden_layers, *flags in (
+        ("double_q_cartpole", "2", "--arms", "double", "--epsilon-decay", "1"),
+        ("dueling_q_cartpole", "3", "--arms", "dueling", "--epsilon-min-iter", "1"),
     ):
         contestants = {
-            "here": (our_q_agent(script, arm, greedy[arm]), 6000),
-            "the article's way": (article_q_agent(arm == "dueling"), 300),
-            "stable-baselines3's DQN": (stable_baselines3_agent(hidden_layers), 1000),
+            "here": (child_agent(sys.executable, OUR_Q_AGENT, script, *flags), 6000),
+            "the article's way": (article_q_agent(script.startswith("dueling")), 300),
+            "stable-baselines3": (child_agent(sb3_python, STABLE_BASELINES3, hidden_layers), 1000),
         }
-        if contestants["stable-baselines3's DQN"][0] is None:
-            del contestants["stable-baselines3's DQN"]
-            print(f"{script.SCRIPT:<26}stable-baselines3 is not installed: its row is left out")
+        if contestants["stable-baselines3"][0] is None:
+            del contestants["stable-baselines3"]
+            print(f"{script:<26}stable-baselines3 is not installed: its row is left out")
         rates = {name: [] for name in contestants}
         for i in range(6):  # in turns; the first one warms up
             for name, (play, steps) in contestants.items():
                 rates[name] += [play(steps)][: i > 0]
         medians = {name: np.median(values) for name, values in rates.items()}
         print({name: round(float(value)) for name, value in medians.items()}, "steps/s")
-        for name, must in (("the article's way", 15), ("stable-baselines3's DQN", 2.5)):
+        for name, must in (("the article's way", 15), ("stable-baselines3", 2.5)):
             if name in medians:
-                show(script.SCRIPT, "steps/s", name, medians["here"] / medians[name], must)
+                show(script, "steps/s", name, medians["here"] / medians[name], must)
 
 
 ROWS = [mnist, resnet, q_learning]
