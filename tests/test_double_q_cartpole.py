@@ -173,8 +173,7 @@ def test_epsilon_falls_without_a_jump(watched):
 
 
 def test_max_bias_is_the_integrals(tmp_path, capsys):
-    np.random.seed(0)
-    script.show_max_bias(tmp_path)
+    script.show_max_bias(0, tmp_path)
     means = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     below = [0.5 * (1 + math.erf((t - 1) / 4 / math.sqrt(2))) for t in np.arange(0.005, 40, 0.01)]
     maximum = sum(1 - p**2 for p in below) * 0.01  # of a variable that is never negative
@@ -358,3 +357,15 @@ def test_bar_and_lines(smoke_run):
         re.M,
     )
     assert lines == [(arm, "0", str(i)) for arm in ARMS for i in range(1, 26)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("std", ["0", "1"])
+def test_claim_both_reach_180(std):
+    """Within 300 episodes, in three runs out of three: the mean of 20 episodes passes 180."""
+    _, results, _ = watch_q.run(
+        script, ["--random-reward-std", std, "--epochs", "300", "--runs", "3"]
+    )
+    for record in results["arms"].values():
+        reached = [run["final"]["episodes_to_180"] for run in record["runs"]]
+        assert max(reached) <= 300

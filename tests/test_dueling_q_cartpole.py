@@ -265,3 +265,16 @@ def test_the_seed_and_one_arm_alone(watched):
     _, results, _ = watch_q.run(script, [*CASE.tiny, "--arms", "dueling"])
     history = results["arms"]["dueling"]["history"]
     assert history == watched.results["arms"]["dueling"]["history"]
+
+
+@pytest.mark.slow
+def test_claim_both_reach_180_and_neither_is_clearly_ahead():
+    """Within 500 episodes, in three runs out of three; the means differ by less than the spread."""
+    _, results, _ = watch_q.run(script, ["--runs", "3"])
+    reached = [
+        [run["final"]["episodes_to_180"] for run in record["runs"]]
+        for record in results["arms"].values()
+    ]
+    assert max(map(max, reached)) <= 500
+    means, spreads = map(statistics.mean, reached), map(statistics.stdev, reached)
+    assert abs(np.diff([*means])[0]) < 2 * max(spreads)
