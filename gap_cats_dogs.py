@@ -174,13 +174,13 @@ def report(run_dir, results):
     """Print the final values beside the article's, the files, and how to see the events."""
     epochs, in_article = results["config"]["epochs"], build_parser().get_default("epochs")
     print(f"\n{SCRIPT} on {results['data']}: {epochs} epochs here, {in_article} in the article")
-    print(f"{'arm':<16}{'metric':<24}{'here':>12}{'article':>12}{'spread':>12}")
+    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
     for arm, record in results["arms"].items():
         final, article = record["final"], results["article"].get(arm, {})
         for metric in final | article:
             values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
             cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<24}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
+            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
     print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
 
 
@@ -274,7 +274,7 @@ def load_data(args):
     The sets yield images (100, 100, 3), uint8, and labels; all are read once, into their caches.
     Raises OSError where images can be neither found nor fetched, or are damaged.
     """
-    folder = args.data_dir or "~/tensorflow_datasets"
+    folder = args.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     advice = f"delete it if damaged, put {ARCHIVE} in {folder}/downloads/manual, or use --synthetic"
     try:
         if args.synthetic:
