@@ -274,7 +274,7 @@ def load_data(args):
     The sets yield images (100, 100, 3), uint8, and labels; all are read once, into their caches.
     Raises OSError where images can be neither found nor fetched, or are damaged.
     """
-    folder = args.data_dir or "~/tensorflow_datasets"
+    folder = args.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     advice = f"delete it if damaged, put {ARCHIVE} in {folder}/downloads/manual, or use --synthetic"
     try:
         if args.synthetic:

@@ -271,7 +271,7 @@ def load_data(args):
     The sets yield images (100, 100, 3), uint8, and labels; all are read once, into their caches.
     Raises OSError where images or weights can be neither found nor fetched, or are damaged.
     """
-    folder, base = args.data_dir or "~/tensorflow_datasets", None
+    folder = args.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     what = f"{folder}/cats_vs_dogs"
     advice = f"delete it if damaged, put {ARCHIVE} in {folder}/downloads/manual, or use --synthetic"
     try:
@@ -290,6 +290,7 @@ def load_data(args):
         for _ in itertools.chain(*sets):
             bar.add(1)
         what, advice = "the weights", "put that file in ~/.keras/models, or use --weights none"
+        base = None
         if "resnet50" in args.arms:
             weights = None if args.weights == "none" else args.weights
             base = resnet50.ResNet50(False, weights, None, (IMAGE_SIZE, IMAGE_SIZE, 3))  # no top
@@ -375,7 +376,7 @@ def train(arm, args, base, sets, run_dir, results):
 
 def plot(run_dir, results):
     """Draw the article's two figures: training and validation accuracy of the arms."""
-    labels = {"cnn": "smaller CNN", "resnet50": f"ResNet50 ({results['config']['weights']})"}
+    labels = {"cnn": "smaller CNN", "resnet50": f"ResNet50, weights {results['config']['weights']}"}
     for metric, name in {"accuracy": "training", "val_accuracy": "validation"}.items():
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for arm, record in results["arms"].items():
