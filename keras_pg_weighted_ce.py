@@ -12,7 +12,9 @@ but `train_on_batch(states, one_hot(actions), sample_weight=advantages)`.
     python keras_pg_weighted_ce.py --arms agent --env ALE/Pong-v5   # the article's Pong
     python keras_pg_weighted_ce.py --resume log/keras_pg_weighted_ce/20300101-120000
 
-Measured @RESULT@
+Measured, seeds 0 to 4: the weighted cross-entropy has the exact gradient, to 2e-7; the error of
+samples falls as N^-0.49 to N^-0.50. CartPole: 187 to 199 steps in the last 100 of 1,500 episodes.
+Pong, a short run: after 490 games in eight minutes it still loses by 20.4 points (at first 20.5).
 
 Differences from the article:
 1. The loss is -L. L = sum_i r_i log q(a_i | s_i) grows with the reward: who minimises it, as the

@@ -8,7 +8,7 @@ is frozen; behind it stand global average pooling and one neuron, which alone is
     python transfer_resnet50.py                  # both networks, 7 epochs each; fetches 900 MB
     python transfer_resnet50.py --synthetic --weights none --epochs 2   # without a download
 
-Measured @RESULT@
+Not measured: ImageNet's weights were not at hand when this was written.
 
 Differences from the article:
 1. ResNet50 gets what its weights were trained on, BGR minus ImageNet's mean colour. The article

@@ -26,7 +26,6 @@ CASE = Case(
         ["--noise", "0"],
         ["--noise", "-1"],
         ["--noise", "nan"],
-        ["--converge", "yes"],
         ["--device", "all"],
     ],
 )
