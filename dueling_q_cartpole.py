@@ -176,7 +176,7 @@ def run_as_command(main):
     """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
     try:
         return main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
         code, message = 130, "interrupted: what had been finished is in the run's folder"
     except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
         reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
@@ -311,11 +311,11 @@ def update_network(primary_network, target_network, tau):
 def q_learning_step(batch, primary_network, target_network, optimizer, gamma, tau):
     """Train the primary network on rows (batch, 11) of a Memory; return the loss before that."""
     states, actions, rewards, next_states, terminals = tf.split(batch, SAMPLE_PARTS, axis=1)
-    prim_qtp1, q_from_target = primary_network(next_states), target_network(next_states)
-    targets = q_targets(rewards, terminals, prim_qtp1, q_from_target, gamma)  # (batch, 1)
     taken = tf.one_hot(tf.cast(actions[:, 0], tf.int32), 2)  # (batch, 2): the other adds no loss
-    with tf.GradientTape() as tape:  # the targets stand outside: they count as constants
-        loss = tf.reduce_mean(tf.square(taken * (targets - primary_network(states))))
+    with tf.GradientTape() as tape:  # states and next states in one pass: that is quicker
+        q, prim_qtp1 = tf.split(primary_network(tf.concat([states, next_states], axis=0)), 2)
+        targets = q_targets(rewards, terminals, prim_qtp1, target_network(next_states), gamma)
+        loss = tf.reduce_mean(tf.square(taken * (tf.stop_gradient(targets) - q)))
     optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
     update_network(primary_network, target_network, tau)
     return loss

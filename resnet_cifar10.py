@@ -182,7 +182,7 @@ def run_as_command(main):
     """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
     try:
         return main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
         code, message = 130, "interrupted: what had been finished is in the run's folder"
     except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
         reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}

@@ -1,9 +1,11 @@
 """What can be foreseen to go wrong: one line, the right exit code, nothing left behind."""
 
+import contextlib
 import importlib
 import json
 import os
 import signal
+import subprocess
 import time
 
 import helpers
@@ -129,6 +131,17 @@ def test_write_results_keeps_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_control_c_within_c_code(capsys):
+    import mnist_eager_mlp as script
+
+    def interrupted():  # as NumPy does where the signal comes while TensorFlow reads an array
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    code, line = fails_in_one_line(lambda: script.run_as_command(interrupted), capsys)
+    assert code == 130
+    assert line.startswith("interrupted")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_control_c(script, tmp_path):
     flags = [*case(script).tiny, "--epochs", "1000"]
@@ -136,7 +149,11 @@ def test_control_c(script, tmp_path):
     for line in process.stdout:
         if case(script).again in line:
             break
-    process.send_signal(signal.SIGINT)
+    for _ in range(3):  # a user presses again where Python lost one in a destructor
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+            break
     run = helpers.finish(process, tmp_path)
     assert run.code == 130, run.stderr
     assert helpers.error_lines(run.stderr)
