@@ -360,7 +360,7 @@ def train(arm, seed, args, run_dir, results):
                 state, length, steps = next_state, length + 1, steps + 1
                 if steps > args.delay_training:
                     losses.append(float(learn(tf.constant(memory.sample(BATCH_SIZE)))))
-                to_fall = 1 - np.clip((steps - args.delay_training) / args.epsilon_min_iter, 0, 1)
+                to_fall = min(max(1 - (steps - args.delay_training) / args.epsilon_min_iter, 0), 1)
                 eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * to_fall
                 ended = terminated or truncated or steps == args.max_steps
             recorder.add(length, statistics.mean(losses) if losses else None)
