@@ -1,28 +1,24 @@
 """Show that the policy gradient is that of a weighted cross-entropy, and train agents by it.
 
-Article: "A simple policy gradient implementation with keras (part 1)". It follows Andrej Karpathy's
-"Deep Reinforcement Learning: Pong from Pixels", whose scheme the Pong agent here keeps.
+Article: "A simple policy gradient implementation with keras (part 1)".
 
-The gradient of the expected reward of a softmax policy is that of a cross-entropy between the
-policy and the actions it took, each weighted by its reward. The article derives this, and leaves
-open whether it holds in practice. Part 1 computes both sides; part 2 trains an agent with nothing
-but `train_on_batch(states, one_hot(actions), sample_weight=advantages)`.
+The gradient of a softmax policy's expected reward is that of a cross-entropy between the policy and
+the actions it took, each weighted by its reward. Part 1 computes both sides; part 2 trains by
+nothing but `train_on_batch(states, one_hot(actions), sample_weight=advantages)`.
 
     python keras_pg_weighted_ce.py                                  # both parts, CartPole
     python keras_pg_weighted_ce.py --arms agent --env ALE/Pong-v5   # the article's Pong
-    python keras_pg_weighted_ce.py --resume log/keras_pg_weighted_ce/20300101-120000
 
 Measured, seeds 0 to 4: the weighted cross-entropy has the exact gradient, to 2e-7; the error of
 samples falls as N^-0.49 to N^-0.50. CartPole: 187 to 199 steps in the last 100 of 1,500 episodes.
 Pong, a short run: after 490 games in eight minutes it still loses by 20.4 points (at first 20.5).
 
 Differences from the article:
-1. The loss is -L. L = sum_i r_i log q(a_i | s_i) grows with the reward: who minimises it, as the
-   article says, learns to lose.
+1. The loss is -L: minimising L = sum_i r_i log q(a_i | s_i), as in the article, teaches to lose.
 2. The estimate of the expectation is a mean: the article's sum grows with the number of samples.
-3. There is an agent. The article ends before its Pong; Karpathy's is written without Keras.
-From Karpathy are the two actions, the differences of frames, the discount that starts anew after
-each point, and RMSprop's one step in ten episodes (here each episode's mean loss counts alike).
+3. There is an agent; the article ends before its Pong. That is played here as in Andrej Karpathy's
+"Deep Reinforcement Learning: Pong from Pixels": two actions, differences of frames, a discount that
+starts anew after each point, RMSprop's one step in ten games (whose mean losses count alike).
 """
 
 # /// script
@@ -40,35 +36,26 @@ import itertools
 import json
 import os
 import pathlib
-import statistics
 import sys
 import time
 
-import ale_py
 import gymnasium
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 from gymnasium import spaces, wrappers
-from keras import layers
 
 # --- Constants ---
-
 SCRIPT = "keras_pg_weighted_ce"
 PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "ale-py")
 ARTICLE = {"identity": {}, "agent": {}}  # it holds no figures
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
-NUM_SAMPLES = [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000]
-NUM_ESTIMATES = 30  # averaged for each number of samples
-HIDDEN_SIZES = {"CartPole-v1": [30, 30], "ALE/Pong-v5": [200]}
+LINE_END = "\r" if sys.stdout.isatty() or "ipykernel" in sys.modules else "\n"  # of progress
 GAMMA = {"CartPole-v1": 0.95, "ALE/Pong-v5": 0.99}
-UP, DOWN = 2, 3  # in Pong; RIGHT and LEFT on the joystick
 BATCH_SIZE = 10  # episodes: an update of Pong's agent, and between two checkpoints
 
+
 # --- Command line ---
-
-
 def build_parser():
     """Return the parser of this script's flags."""
     style = argparse.ArgumentDefaultsHelpFormatter
@@ -95,8 +82,6 @@ def parse_args(argv):
 
 
 # --- Shared helpers: the same text in every script that has them ---
-
-
 class OneLineParser(argparse.ArgumentParser):
     """A parser that reports a bad flag in one line and exits with code 2."""
 
@@ -195,8 +180,6 @@ def run_as_command(main):
 
 
 # --- Resuming: the same text in every script that has --resume ---
-
-
 def resume_run(args, argv):
     """Return (args, run_dir, results) of the run in --resume: only --epochs and --device change."""
     parser, run_dir, results = build_parser(), pathlib.Path(args.resume), {}
@@ -214,102 +197,74 @@ def resume_run(args, argv):
     return args, run_dir, results
 
 
-# --- Episodes: the same text in every script that plays ---
-
-
-def play(env, policy):
-    """Play an episode with policy(state) -> action; return its reward."""
-    (state, _), total, ended = env.reset(), 0.0, False
-    while not ended:
-        state, reward, terminated, truncated, _ = env.step(policy(state))
-        total, ended = total + reward, terminated or truncated
-    return total
-
-
 # --- Environment ---
-
-
 def make_env(render_mode=None):
     """Return the article's CartPole: the physics of v1 with a limit of 200 steps."""
     return gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode=render_mode)
 
 
-def preprocess(frame):
-    """Return the court of a frame (210, 160, 3), uint8, as (80, 80) float32: 1 at ball and bats."""
-    court = frame[34:194:2, ::2, 0]  # red alone tells all colours apart
-    return np.float32((court != 144) & (court != 109))  # its ground, in play and before the start
+def preprocess(frames):
+    """Return what moved between two frames (2, 210, 160, 3), uint8, as (6400,): -1, 0 or 1."""
+    courts = frames[:, 34:194:2, ::2, 0]  # (2, 80, 80); red alone tells all colours apart
+    courts = np.float32((courts != 144) & (courts != 109))  # the ground, in play and before it: 0
+    return np.ravel(courts[1] - courts[0])
 
 
 def make_pong(render_mode=None):
     """Return Pong with actions 0 (up), 1 (down) and differences of frames (6400,) as states."""
-    gymnasium.register_envs(ale_py)
-    env = gymnasium.make("ALE/Pong-v5", render_mode=render_mode)
-    env = wrappers.TransformAction(env, (UP, DOWN).__getitem__, spaces.Discrete(2))
-    env = wrappers.TransformObservation(env, preprocess, spaces.Box(0, 1, (80, 80)))
+    env = gymnasium.make("ale_py:ALE/Pong-v5", render_mode=render_mode)
+    env = wrappers.TransformAction(env, lambda action: action + 2, spaces.Discrete(2))
     env = wrappers.FrameStackObservation(env, 2)  # after a reset the same frame twice
-    space = spaces.Box(-1, 1, (80 * 80,))
-    return wrappers.TransformObservation(env, lambda courts: np.ravel(courts[1] - courts[0]), space)
+    return wrappers.TransformObservation(env, preprocess, spaces.Box(-1, 1, (80 * 80,)))
 
 
 # --- Model ---
-
-
-def build_model(env_name, state_size):
-    """Return the compiled policy: states (batch, state_size) to probabilities (batch, 2)."""
+def build_model(pong, state_size):
+    """Return the policy of Pong or CartPole: states (batch, state_size) to (batch, 2)."""
     x = inputs = keras.Input((state_size,))
-    for size in HIDDEN_SIZES[env_name]:
-        x = layers.Dense(size, activation="relu", kernel_initializer="he_normal")(x)
-    network = keras.Model(inputs, layers.Dense(2, activation="softmax")(x))
-    optimizer = keras.optimizers.Adam()
-    if env_name == "ALE/Pong-v5":
-        optimizer = keras.optimizers.RMSprop(1e-4, 0.99, gradient_accumulation_steps=BATCH_SIZE)
-    network.compile(loss="categorical_crossentropy", optimizer=optimizer)
+    for size in [200] if pong else [30, 30]:
+        x = keras.layers.Dense(size, activation="relu", kernel_initializer="he_normal")(x)
+    network = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
+    rmsprop = keras.optimizers.RMSprop(1e-4, 0.99, gradient_accumulation_steps=BATCH_SIZE)
+    network.compile(rmsprop if pong else "adam", "categorical_crossentropy")
     return network
 
 
 # --- Algorithm ---
-
-
-def exact_gradient(policy, states, rewards):
+def exact_gradient(q, states, rewards):
     """Return the gradient of mean_s sum_a q(a|s) f(a, s) for the kernel W of q = softmax(s W).
 
-    States (n, features), rewards f (n, actions). For z = s W, dq_b / dz_a = q_a (1[a = b] - q_b).
+    States (n, features), q and rewards f (n, actions). dq_b / d(s W)_a = q_a (1[a = b] - q_b).
     """
-    q = policy(states).numpy()
     gain = rewards - np.sum(q * rewards, axis=1, keepdims=True)  # over what the state promises
     return states.T @ (q * gain) / len(states)
 
 
-def weighted_ce_gradient(policy, states, actions, weights):
-    """Return the gradient of 1/N sum_i w_i log q(a_i|s_i): minus that of Keras's cross-entropy.
-
-    States (N, features), actions (N,), weights (N,).
-    """
+def weighted_ce_gradient(policy, states, targets, weights):
+    """Return the gradient of mean_i w_i log q(a_i|s_i); all have N rows, the targets' one-hot."""
     with tf.GradientTape() as tape:
-        softmax_out = policy(states)
-        targets = np.eye(softmax_out.shape[1])[actions]  # one-hot
-        loss = keras.losses.CategoricalCrossentropy()(targets, softmax_out, sample_weight=weights)
+        loss = keras.losses.CategoricalCrossentropy()(targets, policy(states), weights)
     return -tape.gradient(loss, policy.trainable_variables[0]).numpy()
 
 
 def monte_carlo_gradient(policy, states, rewards, num_samples):
-    """Return the estimate from so many draws of a state and its action, each with its reward."""
+    """Return the estimate from so many draws of one of the states (n, features) and an action."""
     drawn = np.random.randint(0, len(states), num_samples)
     actions = tf.random.categorical(tf.math.log(policy(states[drawn])), 1)[:, 0].numpy()
-    return weighted_ce_gradient(policy, states[drawn], actions, rewards[drawn, actions])
+    targets = np.eye(rewards.shape[1])[actions]
+    return weighted_ce_gradient(policy, states[drawn], targets, rewards[drawn, actions])
 
 
 def compile_policy(network):
     """Return the function state (n,) -> action probabilities, compiled for one state at a time."""
-    shape = tf.TensorSpec(network.input_shape[1:], tf.float32)
     policy = tf.function(lambda state: network(state[tf.newaxis])[0], jit_compile=True)
-    return policy.get_concrete_function(shape)  # spares each call a check of its arguments
+    return policy.get_concrete_function(tf.TensorSpec(network.input_shape[1:]))  # fewer checks
 
 
 def get_action(policy, state):
     """Draw an action for a state (n,), float32, with the probabilities of the policy."""
     softmax_out = policy(tf.constant(state)).numpy()
-    return np.random.choice(len(softmax_out), p=softmax_out)
+    return np.argmax(np.cumsum(softmax_out) > np.random.random())  # 0 where they are nan
 
 
 def discounted_returns(rewards, gamma):
@@ -320,67 +275,60 @@ def discounted_returns(rewards, gamma):
     return returns
 
 
-def returns_of_points(rewards, gamma):
-    """Return the discounted returns of Pong's rewards (length,): each ends with its point."""
-    points = np.split(rewards, np.flatnonzero(rewards) + 1)
-    return np.concatenate([discounted_returns(point, gamma) for point in points])
-
-
 def standardise(returns):
     """Return (returns - mean) / standard deviation, shape (length,); zeros where all are equal."""
     return (returns - np.mean(returns)) / max(np.std(returns), 1e-8)
 
 
+def play_episode(env, act, limit=None):
+    """Play at most `limit` steps with act(state) -> action; return states, actions, rewards."""
+    (state, _), steps, ended = env.reset(), [], False
+    while not ended:
+        action = act(state)
+        new_state, reward, terminated, truncated, _ = env.step(action)
+        steps.append((state, action, reward))
+        state, ended = new_state, terminated or truncated or len(steps) == limit
+    return [np.array(values) for values in zip(*steps)]  # (length, n), (length,), (length,)
+
+
 # --- Training ---
-
-
 def show_identity(args, run_dir, results):
-    """Part 1: record how far two estimates are from the exact gradient; save the policy."""
+    """Part 1: record the errors of two estimates, in lengths of the exact gradient."""
     start = time.perf_counter()
     keras.utils.set_random_seed(args.seed)
     states, rewards = np.random.normal(size=(8, 3)), np.random.normal(size=(8, 4))
-    policy = keras.Sequential([keras.Input((3,)), layers.Dense(4, "softmax", use_bias=False)])
-    exact = exact_gradient(policy, states, rewards)
-
-    def relative_error(gradient):
-        return float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact))
-
-    idx, actions = np.indices(rewards.shape).reshape(2, -1)  # every action in every state
-    weights = 4 * (policy(states).numpy() * rewards)[idx, actions]  # Keras divides by 8 * 4, not 8
-    weighted = weighted_ce_gradient(policy, states[idx], actions, weights)
-    history = {"samples": NUM_SAMPLES, "error": []}
-    with tf.summary.create_file_writer(str(run_dir / "identity")).as_default():
-        for n in NUM_SAMPLES:
-            draws = range(NUM_ESTIMATES)
-            sampled = [monte_carlo_gradient(policy, states, rewards, n) for _ in draws]
-            squares = [relative_error(gradient) ** 2 for gradient in sampled]
-            history["error"].append(np.sqrt(np.mean(squares)).item())
-            tf.summary.scalar("error", history["error"][-1], step=n)
-    slope = np.polyfit(np.log(NUM_SAMPLES), np.log(history["error"]), 1)[0]
-    for name, gradient in ("exact", exact), ("weighted", weighted), ("sampled", sampled[0]):
-        print(f"{name:<9}gradient {gradient[0].round(5)} ..., error {relative_error(gradient):.1e}")
-    print(f"the error of N samples falls as N^{slope:.3f}; expected: N^-0.5")
-    final = {"weighted_error": relative_error(weighted), "sampled_error": history["error"][-1]}
-    final |= {"slope": float(slope), "parameters": policy.count_params()}
+    policy = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "softmax", use_bias=False)])
+    q = policy(states).numpy()
+    exact = exact_gradient(q, states, rewards)
+    # Every action in every state, by its probability. Keras divides by 8 * 4, not by 8
+    all_states, all_actions = np.repeat(states, 4, axis=0), np.tile(np.eye(4), (8, 1))
+    weighted = weighted_ce_gradient(policy, all_states, all_actions, 4 * np.ravel(q * rewards))
+    weighted_error = np.linalg.norm(weighted - exact) / np.linalg.norm(exact)
+    history = {"samples": [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000], "error": []}
+    for n in history["samples"]:
+        draws = [monte_carlo_gradient(policy, states, rewards, n) - exact for _ in range(30)]
+        error = np.linalg.norm(draws) / np.sqrt(30) / np.linalg.norm(exact)  # root of mean square
+        history["error"].append(error)
+        tf.summary.scalar("error", error, step=n)
+    slope = np.polyfit(np.log(history["samples"]), np.log(history["error"]), 1)[0]
+    print(f"weighted: off by {weighted_error:.0e}; N samples: by N^{slope:.3f}, expected N^-0.5")
+    final = {"weighted_error": weighted_error, "sampled_error": error, "slope": slope}
     seconds = time.perf_counter() - start
     results["arms"]["identity"] = {"history": history, "final": final, "seconds": seconds}
-    policy.save(run_dir / "identity.keras")
 
 
-def open_checkpoint(network, run_dir):
-    """Restore the last checkpoint, if there is one; return a checkpoint and its manager.
+def open_checkpoint(run_dir, **objects):
+    """Restore the objects from the run's last checkpoint, if it has one; return its manager.
 
-    Its `episodes` and `steps` say how far training has come. Raises OSError if it is damaged.
+    Raises OSError if it is damaged.
     """
-    network.optimizer.build(network.trainable_variables)  # else its moments have no place yet
-    done = {name: tf.Variable(0, dtype=tf.int64) for name in ("episodes", "steps")}
-    checkpoint = tf.train.Checkpoint(model=network, optimizer=network.optimizer, **done)
-    manager = tf.train.CheckpointManager(checkpoint, str(run_dir / "checkpoint"), 1)
+    directory = run_dir / "checkpoint"
+    manager = tf.train.CheckpointManager(tf.train.Checkpoint(**objects), str(directory), 1)
     try:
         manager.restore_or_initialize()
     except Exception as error:  # half a file raises whatever its bytes lead to
-        raise OSError(f"{manager.directory} is damaged; delete it to train anew") from error
-    return checkpoint, manager
+        raise OSError(f"{directory} is damaged; delete it to train anew") from error
+    return manager
 
 
 def train(args, run_dir, results):
@@ -388,91 +336,65 @@ def train(args, run_dir, results):
     keras.utils.set_random_seed(args.seed)
     pong = args.env == "ALE/Pong-v5"
     env = (make_pong if pong else make_env)("rgb_array")
-    network = build_model(args.env, env.observation_space.shape[0])
-    policy = compile_policy(network)
-    checkpoint, manager = open_checkpoint(network, run_dir)
-    episodes, steps = int(checkpoint.episodes), int(checkpoint.steps)
-    new = {"history": {"reward": [], "avg loss": []}, "final": {}, "seconds": 0.0}
-    record = results["arms"].setdefault("agent", new)
-    history, start = record["history"], time.perf_counter() - record["seconds"]
-    for values in history.values():
-        del values[episodes:]  # what came after the checkpoint is played again
-    bar = keras.utils.Progbar(args.epochs, verbose=VERBOSE % 2, stateful_metrics=["reward"])
-    writer, every = tf.summary.create_file_writer(str(run_dir / "agent")), max(1, args.epochs // 20)
-    env.reset(seed=args.seed + episodes)
-    while episodes < args.epochs and steps != args.max_steps:
-        state, _ = env.reset()
-        states, actions, rewards, ended = [], [], [], False
-        while not ended:
-            action = get_action(policy, state)
-            new_state, reward, terminated, truncated, _ = env.step(action)
-            states.append(state)
-            actions.append(action)
-            rewards.append(reward)
-            state, steps = new_state, steps + 1
-            ended = terminated or truncated or steps == args.max_steps
-        returns = (returns_of_points if pong else discounted_returns)(rewards, GAMMA[args.env])
-        targets, advantages = np.eye(2)[actions], standardise(returns)  # (length, 2), (length,)
-        loss = network.train_on_batch(np.stack(states), targets, sample_weight=advantages)
-        episodes += 1
-        history["reward"].append(sum(rewards))
-        history["avg loss"].append(float(loss))
-        with writer.as_default(step=episodes):
-            tf.summary.scalar("reward", history["reward"][-1])
-            tf.summary.scalar("avg loss", history["avg loss"][-1])
-        if episodes % BATCH_SIZE == 0 or episodes == args.epochs or steps == args.max_steps:
+    network = build_model(pong, env.observation_space.shape[0])
+    policy, done = compile_policy(network), tf.Variable(0, dtype=tf.int64)
+    manager = open_checkpoint(run_dir, model=network, optimizer=network.optimizer, episodes=done)
+    record = results["arms"].setdefault("agent", {"history": {}, "final": {}, "seconds": 0.0})
+    names = "reward", "avg loss", "steps"  # what came after the checkpoint is played again
+    history = record["history"] = {n: record["history"].get(n, [])[: int(done)] for n in names}
+    start = time.perf_counter() - record["seconds"]
+    left = (args.max_steps or np.inf) - sum(history["steps"])
+    env.reset(seed=args.seed + int(done))
+    while done < args.epochs and left:
+        states, actions, rewards = play_episode(env, lambda s: get_action(policy, s), left)
+        points = np.split(rewards, np.flatnonzero(rewards) + 1) if pong else [rewards]
+        returns = [discounted_returns(point, GAMMA[args.env]) for point in points]
+        advantages = standardise(np.concatenate(returns))
+        loss = network.train_on_batch(states, np.eye(2)[actions], sample_weight=advantages)
+        left -= len(rewards)
+        done.assign_add(1)
+        for name, value in zip(history, (sum(rewards), float(loss), len(rewards))):
+            history[name].append(value)
+            tf.summary.scalar(name, value, step=done)
+        if done % BATCH_SIZE == 0 or done == args.epochs or not left:
             record["seconds"] = time.perf_counter() - start
             write_results(run_dir, results)
-            checkpoint.episodes.assign(episodes)
-            checkpoint.steps.assign(steps)
             manager.save()
-        bar.update(episodes, [("reward", history["reward"][-1])])
-        if VERBOSE == 2 and (episodes % every == 0 or episodes == 1):
-            recent = statistics.mean(history["reward"][-every:])
-            print(f"agent, episode {episodes}: reward {recent:.1f}")
+            print(f"episode {int(done)}/{args.epochs}: reward {sum(rewards):g}", end=LINE_END)
     env.reset(seed=args.seed)  # the greedy games do not depend on how often training went on
-    greedy = [play(env, lambda state: np.argmax(policy(state))) for _ in range(10)]
-    final = {"reward": statistics.mean(history["reward"][-100:])}
-    final |= {"greedy_reward": statistics.mean(greedy), "parameters": network.count_params()}
-    record["final"] = final | {"steps_per_second": steps / record["seconds"]}
     if args.gif:
-        env = wrappers.RenderCollection(env)
-        play(env, lambda state: np.argmax(policy(state)))
+        env = wrappers.RenderCollection(env)  # of the latest game
+    greedy = [sum(play_episode(env, lambda s: np.argmax(policy(s)))[-1]) for _ in range(10)]
+    if args.gif:
         gif, *rest = (keras.utils.array_to_img(frame, scale=False) for frame in env.render())
         gif.save(run_dir / "agent.gif", save_all=True, append_images=rest, duration=40, loop=0)
+    final = {"reward": np.mean(history["reward"][-100:]), "greedy_reward": np.mean(greedy)}
+    speed = sum(history["steps"]) / record["seconds"]
+    record["final"] = final | {"parameters": network.count_params(), "steps_per_second": speed}
     network.save(run_dir / "agent.keras")
 
 
 # --- Plots ---
-
-
 def plot(run_dir, results):
     """Draw the error of the sampled gradient (part 1) and the agent's rewards (part 2)."""
     for arm, record in results["arms"].items():
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         if arm == "identity":
-            samples, errors = (np.array(values) for values in record["history"].values())
-            slope = record["final"]["slope"]
-            axes.loglog(samples, errors, "o", label=f"measured: slope {slope:.3f}")
-            axes.loglog(samples, errors[0] * (samples / samples[0]) ** -0.5, label="slope -0.5")
-            title = "The sampled policy gradient nears the exact one"
-            axes.set(title=title, xlabel="samples N", ylabel="error / length of the exact gradient")
+            samples, errors = map(np.array, record["history"].values())
+            axes.loglog(samples, errors, "o", label=f"found: N^{record['final']['slope']:.3f}")
+            axes.loglog(samples, errors[0] * (samples[0] / samples) ** 0.5, label="theory: N^-0.5")
+            axes.set(title="The sampled gradient", xlabel="samples N", ylabel="relative error")
         else:
             rewards = record["history"]["reward"]
-            window = min(20, len(rewards))
-            averages = np.convolve(rewards, np.ones(window) / window, "valid")
-            axes.plot(range(1, len(rewards) + 1), rewards, alpha=0.3, label="an episode")
-            axes.plot(range(window, len(rewards) + 1), averages, label=f"average of {window}")
-            title = f"Weighted cross-entropy on {results['data']}"
-            axes.set(title=title, xlabel="episode", ylabel="reward")
-        axes.grid(alpha=0.3)
+            averages = [np.mean(rewards[: i + 1][-20:]) for i in range(len(rewards))]
+            axes.plot(rewards, alpha=0.3, label="an episode")
+            axes.plot(averages, label="mean of 20")
+            axes.set(title=f"The agent on {results['data']}", xlabel="episode", ylabel="reward")
         axes.legend()
         save_figure(figure, run_dir / f"{arm}.png")
 
 
 # --- Main ---
-
-
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     args = parse_args(argv)
@@ -481,10 +403,10 @@ def main(argv=None):
     device = select_device(args.device)
     if not args.resume:
         run_dir, results = new_run_dir(args, args.env, device)
-    if "identity" in args.arms and "identity" not in results["arms"]:
-        show_identity(args, run_dir, results)
-    if "agent" in args.arms:
-        train(args, run_dir, results)
+    for arm, part in {"identity": show_identity, "agent": train}.items():
+        if arm in args.arms and (arm == "agent" or arm not in results["arms"]):
+            with tf.summary.create_file_writer(str(run_dir / arm)).as_default():
+                part(args, run_dir, results)
     plot(run_dir, results)
     results["complete"] = True
     write_results(run_dir, results)

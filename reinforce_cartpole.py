@@ -8,8 +8,8 @@ action taken becomes likelier or less likely, by the discounted rewards that cam
     python reinforce_cartpole.py
     python reinforce_cartpole.py --runs 5     # five seeds: the variance is part of the story
 
-Measured (1,500 episodes, seeds 0 to 4): the last 100 bring 188 to 199 steps, the mean of the runs
-is 195 (article: 200); a mean of 180 came after 342 to 819 episodes. 20 to 50 s a run.
+Measured (1,500 episodes, seeds 0 to 9): every run came to a hundred-episode mean of 180 (article:
+200), the first at episode 285, the last at 819; nine end above it, one at 173. Half a minute a run.
 
 The trap. Cross-entropy is -sum(target * log p), so `target = return * one_hot(action)` looks right,
 and its loss is. But Keras fuses softmax and cross-entropy, and the fused gradient `p - target` only
@@ -281,15 +281,14 @@ def build_model():
 
 def compile_policy(network):
     """Return the function state (n,) -> action probabilities, compiled for one state at a time."""
-    shape = tf.TensorSpec(network.input_shape[1:], tf.float32)
     policy = tf.function(lambda state: network(state[tf.newaxis])[0], jit_compile=True)
-    return policy.get_concrete_function(shape)  # spares each call a check of its arguments
+    return policy.get_concrete_function(tf.TensorSpec(network.input_shape[1:]))  # fewer checks
 
 
 def get_action(policy, state):
     """Draw an action for a state (n,), float32, with the probabilities of the policy."""
     softmax_out = policy(tf.constant(state)).numpy()
-    return np.random.choice(len(softmax_out), p=softmax_out)
+    return np.argmax(np.cumsum(softmax_out) > np.random.random())  # 0 where they are nan
 
 
 def discounted_returns(rewards, gamma):

@@ -74,10 +74,8 @@ def test_importing_a_script_runs_nothing(script):
 def test_lengths(script):
     text = source(script)
     lines = helpers.code_line_numbers(text)
-    # keras_pg_weighted_ce has two lessons, two environments and --resume
-    in_all, of_code = {"keras_pg_weighted_ce": (510, 335)}.get(script, (420, 280))
-    assert len(text.splitlines()) <= in_all
-    assert len(lines) <= (300 if script == "dueling_q_spaceinvaders" else of_code)
+    assert len(text.splitlines()) <= 420
+    assert len(lines) <= (300 if script == "dueling_q_spaceinvaders" else 280)
     # The frame: the command line, without the article's own constants, and the shared helpers
     first = text[: text.index("# --- Command line ---")].count("\n")
     after = re.search(r"^# --- (Resuming|Episodes|Data|Environment|Model)", text, re.M).start()

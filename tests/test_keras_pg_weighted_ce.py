@@ -20,14 +20,14 @@ keras = script.keras
 CASE = Case(
     tiny=["--epochs", "12"],
     final_epochs={"identity": 9, "agent": 12},
-    history={"identity": ["samples", "error"], "agent": ["reward", "avg loss"]},
+    history={"identity": ["samples", "error"], "agent": ["reward", "avg loss", "steps"]},
     events={
         "identity": {"scalars": {"error"}},
-        "agent": {"scalars": {"reward", "avg loss"}},
+        "agent": {"scalars": {"reward", "avg loss", "steps"}},
     },
     figures=["agent.png", "identity.png"],
     started="/1500",
-    again="episode 50:",
+    again="episode 10/",
     bad_flags=[
         ["--episodes", "0"],
         ["--max-steps", "0"],
@@ -74,26 +74,26 @@ def test_exact_gradient_equals_finite_differences(seed):
         nudge[place] = step
         rise = expected_reward(W + nudge, states, rewards)
         expected[place] = (rise - expected_reward(W - nudge, states, rewards)) / (2 * step)
-    assert relative_error(script.exact_gradient(policy, states, rewards), expected) < 1e-6
+    gradient = script.exact_gradient(policy(states).numpy(), states, rewards)
+    assert relative_error(gradient, expected) < 1e-6
 
 
 def every_action(policy, states, rewards):
-    """Return states, actions and weights, each action weighted by 4 q f, as Keras divides by 32."""
+    """Return states, one-hot actions and weights: 4 q f for each action, as Keras divides by 32."""
     idx, actions = np.indices(rewards.shape).reshape(2, -1)
-    return states[idx], actions, 4 * (policy(states).numpy() * rewards)[idx, actions]
+    return states[idx], np.eye(4)[actions], 4 * (policy(states).numpy() * rewards)[idx, actions]
 
 
 def test_weighted_cross_entropy_has_the_exact_gradient():
     policy, states, rewards = problem()
-    exact = script.exact_gradient(policy, states, rewards)
-    states, actions, weights = every_action(policy, states, rewards)
-    assert (
-        relative_error(script.weighted_ce_gradient(policy, states, actions, weights), exact) < 1e-5
-    )
+    exact = script.exact_gradient(policy(states).numpy(), states, rewards)
+    states, targets, weights = every_action(policy, states, rewards)
+    gradient = script.weighted_ce_gradient(policy, states, targets, weights)
+    assert relative_error(gradient, exact) < 1e-5
     # and so has `train_on_batch` with sample weights: plain descent with rate 1 moves W by it
     policy.compile(loss="categorical_crossentropy", optimizer=keras.optimizers.SGD(1.0))
     before = policy.get_weights()[0]
-    policy.train_on_batch(states, np.eye(4)[actions], sample_weight=weights)
+    policy.train_on_batch(states, targets, sample_weight=weights)
     assert relative_error(policy.get_weights()[0] - before, exact) < 1e-5
 
 
@@ -107,7 +107,7 @@ def test_difference_1_the_gradient_points_uphill():
 
 def test_difference_2_more_samples_do_not_make_it_longer():
     policy, states, rewards = problem()
-    exact = np.linalg.norm(script.exact_gradient(policy, states, rewards))
+    exact = np.linalg.norm(script.exact_gradient(policy(states).numpy(), states, rewards))
     for num_samples in (3000, 30000):
         sampled = script.monte_carlo_gradient(policy, states, rewards, num_samples)
         assert np.linalg.norm(sampled) == pytest.approx(exact, rel=0.3)
@@ -116,7 +116,7 @@ def test_difference_2_more_samples_do_not_make_it_longer():
 def spread_of_one_sample(policy, states, rewards):
     """Return the root mean square error of one sample's gradient, exactly: each can be listed."""
     q = softmax(states @ policy.get_weights()[0])
-    exact, mean_square = script.exact_gradient(policy, states, rewards), 0
+    exact, mean_square = script.exact_gradient(q, states, rewards), 0
     for s, a in np.ndindex(rewards.shape):
         one = rewards[s, a] * np.outer(states[s], np.eye(4)[a] - q[s])  # r grad log q(a|s)
         mean_square += q[s, a] / len(states) * np.sum(one**2)
@@ -142,16 +142,10 @@ def test_the_sampled_gradients_error_falls_as_one_over_the_root():
 def cartpole_episode():
     """Play CartPole with a policy fresh from the seed; return network and episode."""
     keras.utils.set_random_seed(4)
-    network, env = script.build_model("CartPole-v1", 4), script.make_env()
-    policy, (state, _), ended = script.compile_policy(network), env.reset(seed=4), False
-    states, actions, rewards = [], [], []
-    while not ended:
-        states.append(state)
-        actions.append(script.get_action(policy, state))
-        state, reward, terminated, truncated, _ = env.step(actions[-1])
-        rewards.append(reward)
-        ended = terminated or truncated
-    return network, np.stack(states), np.array(actions), np.array(rewards)
+    network, env = script.build_model(False, 4), script.make_env()
+    policy = script.compile_policy(network)
+    env.reset(seed=4)
+    return network, *script.play_episode(env, lambda state: script.get_action(policy, state))
 
 
 def moved(network, update):
@@ -180,7 +174,7 @@ def test_the_update_equals_that_of_reinforce_and_the_trap_does_not():
     )
 
 
-def test_training_takes_this_step(monkeypatch):
+def test_difference_3_training_takes_this_step(monkeypatch):
     """main's own update, from its first episode, is train_on_batch with standardised returns."""
     seen = []
     train_on_batch = keras.Model.train_on_batch
@@ -201,18 +195,31 @@ def test_training_takes_this_step(monkeypatch):
         np.testing.assert_allclose(weights, (returns - returns.mean()) / returns.std(), rtol=1e-6)
 
 
-def test_returns_of_points_by_hand():
-    # three steps to a point won, two to a point lost, one after it
-    returns = script.returns_of_points([0, 0, 1, 0, -1, 0], 0.5)
-    assert returns.tolist() == [0.25, 0.5, 1, -0.5, -1, 0]
-    assert script.returns_of_points([0, 0, -1], 0.5).tolist() == [-0.25, -0.5, -1]
+def test_returns_of_points_by_hand(monkeypatch):
+    """In Pong a point ends the discounting, and a game the standardisation."""
+    game = np.array([0.0, 0, 1, 0, -1, 0])  # three steps to a point won, two to one lost, one more
+    states, seen = np.zeros((6, 6400), "float32"), []
+    monkeypatch.setattr(script, "play_episode", lambda *_: [states, np.array([0] * 6), game])
+    monkeypatch.setitem(script.GAMMA, "ALE/Pong-v5", 0.5)
+    train_on_batch = keras.Model.train_on_batch
+
+    def watched(self, x, y, sample_weight):
+        seen.append(sample_weight)
+        return train_on_batch(self, x, y, sample_weight)
+
+    monkeypatch.setattr(keras.Model, "train_on_batch", watched)
+    script.main(["--env", "ALE/Pong-v5", "--arms", "agent", "--epochs", "2"])
+    returns = np.array([0.25, 0.5, 1, -0.5, -1, 0])
+    for weights in seen:
+        np.testing.assert_allclose(weights, (returns - returns.mean()) / returns.std())
+    assert len(seen) == 2
 
 
 def test_networks_are_those_of_the_two_articles():
-    cartpole, reinforce = script.build_model("CartPole-v1", 4), reinforce_cartpole.build_model()
+    cartpole, reinforce = script.build_model(False, 4), reinforce_cartpole.build_model()
     assert cartpole.count_params() == reinforce.count_params()
     assert type(cartpole.optimizer).__name__ == "Adam"
-    pong = script.build_model("ALE/Pong-v5", 6400)
+    pong = script.build_model(True, 6400)
     assert pong.count_params() == 6400 * 200 + 200 + 200 * 2 + 2
     config = pong.optimizer.get_config()
     assert (type(pong.optimizer).__name__, config["rho"]) == ("RMSprop", 0.99)
@@ -224,7 +231,7 @@ def test_networks_are_those_of_the_two_articles():
 
 def test_pong_steps_once_in_ten_episodes():
     keras.utils.set_random_seed(0)
-    network = script.build_model("ALE/Pong-v5", 4)
+    network = script.build_model(True, 4)
     rng = np.random.default_rng(0)
     before, gradients = network.get_weights(), []
     for episode in range(10):
@@ -246,26 +253,34 @@ def test_pong_steps_once_in_ten_episodes():
 # --- Pong ---
 
 
+def court_of(frame):
+    """Return the court (80, 80) of a frame (210, 160, 3): what differs from its ground."""
+    court, ground = np.zeros((80, 80), "float32"), frame[60, 80, 0]
+    for row, column in np.ndindex(80, 80):
+        court[row, column] = frame[34 + 2 * row, 2 * column, 0] != ground
+    return court
+
+
 def test_preprocess_of_real_frames():
-    env = gymnasium.make("ALE/Pong-v5")
-    before_start, _ = env.reset(seed=0)
-    for _ in range(40):
-        frame, *_ = env.step(0)
-    for picture, ground in ((before_start, 109), (frame, 144)):
-        court = script.preprocess(picture)
-        assert (court.shape, court.dtype) == ((80, 80), "float32")
-        expected = np.zeros((80, 80))
-        for row, column in np.ndindex(80, 80):
-            expected[row, column] = picture[34 + 2 * row, 2 * column, 0] != ground
-        np.testing.assert_array_equal(court, expected)
-        assert 0 < court.sum() < 100  # bats of 16 x 4 pixels at most, and the ball
-    # the cut leaves neither walls nor the score
-    assert not script.preprocess(frame).all(1).any()
+    env = gymnasium.make("ale_py:ALE/Pong-v5")
+    frames, grounds = [env.reset(seed=0)[0]], set()
+    for i in range(80):
+        frames.append(env.step(2 + i % 2)[0])
+    for frame, new_frame in zip(frames, frames[1:]):
+        state = script.preprocess(np.stack([frame, new_frame]))
+        assert (state.shape, state.dtype) == ((6400,), "float32")
+        court, new_court = court_of(frame), court_of(new_frame)
+        np.testing.assert_array_equal(state, (new_court - court).ravel())
+        assert 0 < new_court.sum() < 100  # bats of 16 x 4 pixels at most, and the ball
+        assert not new_court.all(1).any()  # the cut leaves neither walls nor the score
+        grounds.add(int(frame[60, 80, 0]))
+    assert grounds == {109, 144}  # before the start, and in play
+    assert np.any(state)
 
 
-def bat(court):
-    """Return the mean row of the agent's bat in a court (80, 80)."""
-    rows = np.flatnonzero(court[:, 70:72].any(1))
+def bat(frame):
+    """Return the mean row of the agent's bat in the court of a frame."""
+    rows = np.flatnonzero(court_of(frame)[:, 70:72].any(1))
     return rows.mean() if len(rows) else None
 
 
@@ -276,10 +291,10 @@ def test_actions_move_the_bat_up_and_down(action, sign):
     raw = env.unwrapped
     for _ in range(40):
         frame, *_ = raw.step(0)
-    before = bat(script.preprocess(frame))
+    before = bat(frame)
     for _ in range(5):
         env.step(action)
-    after = bat(script.preprocess(raw.ale.getScreenRGB()))
+    after = bat(raw.ale.getScreenRGB())
     assert sign * (after - before) > 10
 
 
@@ -288,11 +303,11 @@ def test_states_of_pong_are_differences_of_courts():
     state, _ = env.reset(seed=0)
     assert (state.shape, state.dtype, state.any()) == ((6400,), np.float32, False)
     assert env.observation_space.shape == (6400,)
-    court = script.preprocess(env.render())
+    court = court_of(env.render())
     moving = 0
     for i in range(60):
         state, *_ = env.step(i % 2)
-        new_court = script.preprocess(env.render())
+        new_court = court_of(env.render())
         np.testing.assert_array_equal(state, (new_court - court).ravel())
         moving += state.any()
         court = new_court
@@ -320,13 +335,32 @@ def test_pong_trains_resumes_and_saves_an_animation(short_pong):
     with Image.open(run_dir / "agent.gif") as animation:
         assert (animation.size, animation.n_frames > 10) == ((160, 210), True)
     keras.utils.set_random_seed(0)
-    first = script.build_model("ALE/Pong-v5", 6400).get_weights()
+    first = script.build_model(True, 6400).get_weights()
     saved = keras.models.load_model(run_dir / "agent.keras").get_weights()
     assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(first, saved))
     script.main(["--resume", str(run_dir), "--epochs", "15"])
     resumed = json.loads(path.read_text())["arms"]["agent"]["history"]["reward"]
     assert len(resumed) == 15
     assert resumed[:12] == rewards
+
+
+def test_a_loss_that_is_not_finite(monkeypatch, capsys):
+    """It makes the policy nan: the game goes on, and the run ends in one line."""
+    build_model = script.build_model
+
+    def with_a_huge_rate(*args):
+        network = build_model(*args)
+        network.compile(keras.optimizers.SGD(1e38), "categorical_crossentropy")
+        return network
+
+    monkeypatch.setattr(script, "build_model", with_a_huge_rate)
+    flags = ["--arms", "agent", "--epochs", "30"]
+    code, line = helpers.fails_in_one_line(
+        lambda: script.run_as_command(lambda: script.main(flags)), capsys
+    )
+    assert (code, "not finite" in line) == (1, True)
+    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
+    assert json.loads(path.read_text())["complete"] is False
 
 
 def test_max_steps_cuts_the_last_episode():
@@ -341,7 +375,7 @@ def test_max_steps_cuts_the_last_episode():
 
 def test_weights_move(smoke_run):
     keras.utils.set_random_seed(0)
-    first = script.build_model("CartPole-v1", 4).get_weights()
+    first = script.build_model(False, 4).get_weights()
     saved = keras.models.load_model(smoke_run("keras_pg_weighted_ce").folder / "agent.keras")
     assert min(np.abs(a - b).max() for a, b in zip(first, saved.get_weights())) > 1e-4
 
@@ -379,7 +413,7 @@ def test_resume_after_kills(monkeypatch, tmp_path):
         (saves, "save", 1, False, 30),  # their checkpoint is missing
         (management, "update_checkpoint_state_internal", 1, False, 30),  # half a checkpoint
         (saves, "save", 1, True, 30),
-        (script, "play", 3, False, 45),  # during the greedy evaluation
+        (script.keras.Model, "save", 1, False, 45),  # after the greedy evaluation
         (script, "plot", 1, False, 45),
     ]
     for owner, name, count, after, written in kills:
@@ -397,7 +431,7 @@ def test_resume_after_kills(monkeypatch, tmp_path):
     results = json.loads(path.read_text())
     assert results["complete"] is True
     history = results["arms"]["agent"]["history"]
-    assert [len(values) for values in history.values()] == [45, 45]
+    assert [len(values) for values in history.values()] == [45, 45, 45]
 
 
 def test_a_real_kill(tmp_path):
@@ -429,13 +463,15 @@ def test_a_resumed_agent_takes_the_same_next_step(tmp_path):
     states, targets = rng.normal(size=(12, 6, 4)), np.eye(2)[rng.integers(0, 2, (12, 6))]
     networks = []
     for _ in range(2):
-        network = script.build_model("ALE/Pong-v5", 4)
-        checkpoint, manager = script.open_checkpoint(network, tmp_path)
+        network = script.build_model(True, 4)
+        episodes = tf.Variable(0, dtype=tf.int64)
+        objects = {"model": network, "optimizer": network.optimizer, "episodes": episodes}
+        manager = script.open_checkpoint(tmp_path, **objects)
         networks.append(network)
-        if not int(checkpoint.episodes):
+        if not int(episodes):
             for i in range(7):
                 network.train_on_batch(states[i], targets[i], sample_weight=rng.normal(size=6))
-            checkpoint.episodes.assign(7)
+            episodes.assign(7)
             manager.save()
     weights = rng.normal(size=(12, 6))
     for network in networks:

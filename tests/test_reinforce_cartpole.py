@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import Case
+from helpers import Case, fails_in_one_line
 
 import reinforce_cartpole as script
 
@@ -225,6 +225,18 @@ def test_max_steps_cuts_the_last_episode(capsys):
     rewards = json.loads(path.read_text())["arms"]["reinforce"]["history"]["reward"]
     assert sum(rewards) == 100  # a reward of one a step
     assert 1 < len(rewards) < 50
+
+
+def test_a_loss_that_is_not_finite(monkeypatch, capsys):
+    """It makes the policy nan: the game goes on, and the run ends in one line."""
+    sgd = keras.optimizers.SGD
+    monkeypatch.setattr(keras.optimizers, "Adam", lambda: sgd(1e38))
+    code, line = fails_in_one_line(
+        lambda: script.run_as_command(lambda: script.main(["--epochs", "30"])), capsys
+    )
+    assert (code, "not finite" in line) == (1, True)
+    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
+    assert json.loads(path.read_text())["complete"] is False
 
 
 def test_actions_follow_the_policy():
