@@ -175,6 +175,26 @@ def test_readme_names_every_script_and_its_first_line():
         assert f"`{script}.py`" not in readme
 
 
+def test_readme_repeats_the_articles_figures():
+    rows = re.findall(r"^\| `(\w+)\.py` (\|.*\|)$", (ROOT / "README.md").read_text(), re.M)
+    cells = {script: row.split("|") for script, row in rows if row.count("|") == 7}
+    assert sorted(cells) == SCRIPTS
+    for script in SCRIPTS:
+        article = re.findall(r"[\d.]*\d", cells[script][3])
+        known = importlib.import_module(script).ARTICLE
+        values = {f"{value:g}" for metrics in known.values() for value in metrics.values()}
+        assert values <= set(article), script
+        assert cells[script][5].strip(), "a verdict"
+
+
+def test_readme_shows_figures_that_are_there():
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\(docs/(.*?)\)", readme):
+        assert 5_000 < (ROOT / "docs" / path).stat().st_size < 150_000
+    for path in re.findall(r"`(\w+\.py)`", readme):
+        assert (ROOT / path).exists(), path
+
+
 def test_readme_and_ci_run_the_same_command():
     command = "pip install -r tests/requirements.txt && python -m pytest\n"
     assert command in (ROOT / "README.md").read_text()
