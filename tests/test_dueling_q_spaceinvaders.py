@@ -256,8 +256,15 @@ def short(monkeypatch):
     monkeypatch.setattr(script, "dueling_q_step", lambda *batch: tf.constant(2.0))
 
 
-def test_difference_6_epsilon_and_the_mean_loss(short, monkeypatch):
+def test_differences_5_and_6_the_copy_epsilon_and_the_mean_loss(short, monkeypatch):
     seen, choose_action = [], script.choose_action
+    networks, network = [], script.DQModel
+
+    def build(*sizes):
+        networks.append(network(*sizes))
+        return networks[-1]
+
+    monkeypatch.setattr(script, "DQModel", build)
 
     def watched(state, best_action, eps):
         seen.append(eps)
@@ -266,6 +273,8 @@ def test_difference_6_epsilon_and_the_mean_loss(short, monkeypatch):
     monkeypatch.setattr(script, "choose_action", watched)
     flags = ["--epochs", "4", "--delay-training", "50", "--epsilon-min-iter", "60"]
     final = script.main([*flags, "--replay-size", "120", "--gif-every", "2", "--max-steps", "150"])
+    for primary, target in zip(*(network.get_weights() for network in networks), strict=True):
+        np.testing.assert_array_equal(primary, target)  # nothing was trained here
     training, greedy = seen[:150], seen[150:]
     assert set(greedy) == {0}
     expected = [1.0] * 51 + [1 - 0.9 * i / 60 for i in range(1, 61)] + [0.1] * 39
