@@ -361,7 +361,7 @@ def train(args, run_dir, results):
             record["seconds"] = time.perf_counter() - start
             write_results(run_dir, results)
             manager.save()
-            print(f"episode {int(done)}/{args.epochs}: reward {sum(rewards):g}", end=LINE_END)
+            print(f"episode {int(done)}/{args.epochs}: reward {sum(rewards):<4g}", end=LINE_END)
     env.reset(seed=args.seed)  # the greedy games do not depend on how often training went on
     if args.gif:
         env = wrappers.RenderCollection(env)  # of the latest game
