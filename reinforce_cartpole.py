@@ -162,8 +162,7 @@ def save_figure(figure, path):
 
 def report(run_dir, results):
     """Print the final values beside the article's, the files, and how to see the events."""
-    epochs, in_article = results["config"]["epochs"], build_parser().get_default("epochs")
-    print(f"\n{SCRIPT} on {results['data']}: {epochs} epochs here, {in_article} in the article")
+    print(f"\n{SCRIPT} on {results['data']}, epochs: {results['config']['epochs']}")
     print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
     for arm, record in results["arms"].items():
         final, article = record["final"], results["article"].get(arm, {})

@@ -296,6 +296,135 @@ def q_learning():
                 show(script, "steps/s", name, medians["here"] / medians[name], must)
 
 
+class Enough(Exception):
+    """Ends a run that has been watched for long enough."""
+
+
+def our_atari_seconds(script, steps):
+    """Return the seconds of an environment step of the script's own loop while it trains."""
+    times, choose_action = [], script.choose_action
+
+    def watched(*arguments):
+        times.append(time.perf_counter())
+        if len(times) == steps + 100:
+            raise Enough
+        return choose_action(*arguments)
+
+    script.choose_action = watched
+    flags = ["--delay-training", "50", "--epsilon-min-iter", "1", "--replay-size", "20000"]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.suppress(Enough))
+        script.main([*flags, "--logdir", folder])
+    script.choose_action = choose_action
+    return (times[-1] - times[99]) / steps  # by then all is compiled
+
+
+def article_atari_agent(script):
+    """Return play(steps): the article's way, float32 frames on the last axis, eager networks."""
+    env = script.gymnasium.make("ALE/SpaceInvaders-v5", frameskip=(2, 5))
+    primary, target = (article_atari_network() for _ in range(2))
+    size, rows = 20000, np.arange(32)
+    frames = np.zeros((105, 80, size), "float32")
+    actions, rewards = np.zeros(size, "int32"), np.zeros(size, "float32")
+    terminals, added = np.zeros(size, bool), [0]
+
+    def preprocess(image):
+        return tf.image.resize(tf.image.rgb_to_grayscale(image), (105, 80)) / 255
+
+    def train():
+        drawn = np.random.randint(4, added[0], 32)
+        states, following = (np.zeros((32, 105, 80, 3), "float32") for _ in range(2))
+        for i, index in enumerate(drawn):
+            states[i] = frames[:, :, index - 3 : index]
+            following[i] = frames[:, :, index - 2 : index + 1]
+        target_q, updates = primary(states).numpy(), rewards[drawn]
+        best, valid = np.argmax(primary(following).numpy(), axis=1), ~terminals[drawn]
+        judged = target(following).numpy()
+        updates[valid] += 0.99 * judged[rows, best][valid]
+        target_q[rows, actions[drawn]] = updates
+        primary.train_on_batch(states, target_q)
+        for t, e in zip(target.trainable_variables, primary.trainable_variables):
+            t.assign(t * (1 - 0.08) + e * 0.08)
+
+    def play(steps):
+        first, start = preprocess(env.reset(seed=0)[0]), 0.0
+        stack = tf.Variable(np.repeat(first.numpy(), 3, axis=2))
+        for step in range(steps + 10):
+            if step == 10:
+                start = time.perf_counter()
+            action = int(np.argmax(primary(tf.reshape(stack, (1, 105, 80, 3)).numpy())))
+            image, reward, terminated, _, _ = env.step(action)
+            frame = preprocess(image)
+            for i in range(2):
+                stack[:, :, i].assign(stack[:, :, i + 1])
+            stack[:, :, 2].assign(frame[:, :, 0])
+            index = added[0] % size
+            frames[:, :, index] = frame[:, :, 0]
+            actions[index], rewards[index], terminals[index] = action, reward, terminated
+            added[0] += 1
+            if added[0] > 32:
+                train()
+            if terminated:
+                env.reset()
+        return (time.perf_counter() - start) / steps
+
+    play(40)  # untimed: fills the memory, compiles
+    return play
+
+
+def article_atari_network():
+    """Return the article's network for three frames (105, 80, 3), compiled."""
+    dense = lambda units, **rest: keras.layers.Dense(  # noqa: E731
+        units, kernel_initializer="he_normal", **rest
+    )
+    inputs = keras.Input((105, 80, 3))
+    x = keras.layers.Conv2D(16, 8, 4, activation="relu")(inputs)
+    x = keras.layers.Flatten()(keras.layers.Conv2D(32, 4, 2, activation="relu")(x))
+    adv, v = dense(6)(dense(256, activation="relu")(x)), dense(1)(dense(256, activation="relu")(x))
+    network = keras.Model(inputs, v + adv - keras.ops.mean(adv, axis=1, keepdims=True))
+    network.compile(optimizer=keras.optimizers.Adam(), loss=keras.losses.Huber())
+    return network
+
+
+def space_invaders():
+    """dueling_q_spaceinvaders: environment steps, with a gradient step each; bytes of a frame."""
+    import dueling_q_spaceinvaders as script
+
+    agent = [*(script.DQModel(256, script.NUM_ACTIONS) for _ in range(2)), keras.optimizers.Adam()]
+    agent[2].build(agent[0].trainable_variables)
+    learn = tf.function(
+        lambda *batch: script.dueling_q_step(*batch, *agent), jit_compile=True, autograph=False
+    )
+    batch = [tf.zeros((32, 4, 105, 80), tf.uint8), *(tf.zeros((32, 1)) for _ in range(3))]
+
+    def step_alone(steps):
+        start = time.perf_counter()
+        for _ in range(steps):
+            float(learn(*batch))
+        return (time.perf_counter() - start) / steps
+
+    step_alone(3)
+    contestants = {
+        "here": (lambda steps: our_atari_seconds(script, steps), 300),
+        "step": (step_alone, 300),
+        "article": (article_atari_agent(script), 60),
+    }
+    times = {name: [] for name in contestants}
+    for _ in range(3):
+        for name, (play, steps) in contestants.items():
+            times[name].append(play(steps))
+    best = {name: min(values) for name, values in times.items()}
+    print({name: f"{1 / value:.1f}" for name, value in best.items()}, "steps/s")
+    name = "dueling_q_spaceinvaders"
+    show(name, "environment steps/s", "the article's way", best["article"] / best["here"], 4)
+    ratio = best["here"] / best["step"]
+    show(name, "time of a step of the loop", "its compiled train step alone", ratio, 1.2, True)
+    slot = np.dtype(script.SLOT).itemsize
+    show(name, "bytes of replay a frame", "105 x 80 = 8,400", slot, 8500, True)
+
+
 def reinforce():
     """reinforce_cartpole: environment steps, an update an episode, against the article's way."""
     import reinforce_cartpole as script
@@ -381,7 +510,7 @@ def transfer():
     show("transfer_resnet50", "7 epochs, resnet50", "--no-cache-features", ratio, 5)
 
 
-ROWS = [mnist, gap, transfer, resnet, q_learning, reinforce]
+ROWS = [mnist, gap, transfer, resnet, q_learning, space_invaders, reinforce]
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -17,9 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # The scripts still to be written; those that are here have a CASE in tests/test_<script>.py.
-MISSING = [
-    "dueling_q_spaceinvaders",
-]
+MISSING = []
 
 Case = collections.namedtuple(
     "Case",
