@@ -468,6 +468,7 @@ def test_a_resumed_agent_takes_the_same_next_step(tmp_path):
         objects = {"model": network, "optimizer": network.optimizer, "episodes": episodes}
         manager = script.open_checkpoint(tmp_path, **objects)
         networks.append(network)
+        assert network.optimizer.built  # else TensorFlow warns where nothing is left to train
         if not int(episodes):
             for i in range(7):
                 network.train_on_batch(states[i], targets[i], sample_weight=rng.normal(size=6))
