@@ -1,13 +1,15 @@
 """resnet_cifar10.py: blocks and pipeline by hand, its differences from the article, resuming."""
 
+import json
 import shutil
 import signal
+import subprocess
 
 import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import Case, finish, start
+from helpers import Case, start
 
 import resnet_cifar10 as script
 
@@ -166,33 +168,43 @@ def test_synthetic_classes_can_be_learned():
 
 # --- Resuming ---
 
-# One block keeps the start short; a kill strikes where `strike` is called for the Nth time.
+# For each line of flags a life, forked so that TensorFlow is imported once. One block keeps its
+# start short; a kill strikes where `strike` is called for the Nth time.
 VICTIM = """
-import os, signal, sys
+import json, os, signal, sys
 import resnet_cifar10 as script
 from tensorflow.python.checkpoint import checkpoint_management
 script.NUM_RES_NET_BLOCKS = 1
-where, count = sys.argv[1], int(sys.argv[2])
-def strike(owner, name, after=False):
-    original, calls = getattr(owner, name), []
-    def struck(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        value = original(*args, **kwargs)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return value
-    setattr(owner, name, struck)
-if where == "before results": strike(script, "write_results")
-if where == "results half written": strike(script.os, "replace")
-if where == "before checkpoint": strike(script.tf.train.CheckpointManager, "save")
-if where == "checkpoint half written":
-    strike(checkpoint_management, "update_checkpoint_state_internal")
-if where == "after checkpoint": strike(script.tf.train.CheckpointManager, "save", after=True)
-if where == "before model": strike(script.keras.Model, "save")
-if where == "before figures": strike(script, "plot")
-script.run_as_command(lambda: script.main(sys.argv[3:]))
+
+def live(where, count, *flags):
+    def strike(owner, name, after=False):
+        original, calls = getattr(owner, name), []
+        def struck(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            value = original(*args, **kwargs)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+        setattr(owner, name, struck)
+    if where == "before results": strike(script, "write_results")
+    if where == "results half written": strike(script.os, "replace")
+    if where == "before checkpoint": strike(script.tf.train.CheckpointManager, "save")
+    if where == "checkpoint half written":
+        strike(checkpoint_management, "update_checkpoint_state_internal")
+    if where == "after checkpoint": strike(script.tf.train.CheckpointManager, "save", after=True)
+    if where == "before model": strike(script.keras.Model, "save")
+    if where == "before figures": strike(script, "plot")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    script.main(flags)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        live(*json.loads(line))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 KILLS = [
     ("before results", 3),  # the second epoch of the first arm
@@ -213,33 +225,45 @@ def check_history(results, epochs):
         assert all(np.isfinite(values).all() for values in history.values())
 
 
-def test_resume_after_kills(tmp_path):
+@pytest.fixture
+def live(tmp_path):
+    """Return a function (where, count, flags) -> (exit code, run's folder, results) of a life."""
+    process = start(["-c", VICTIM], tmp_path, stdin=subprocess.PIPE)
+
+    def live(where, count, flags):
+        process.stdin.write(json.dumps([where, count, *flags]) + "\n")
+        process.stdin.flush()
+        code = process.stdout.readline().strip()
+        (path,) = tmp_path.glob("log/*/*/results.json")
+        return code, path.parent, json.loads(path.read_text())
+
+    yield live
+    process.communicate(timeout=60)
+
+
+def test_resume_after_kills(live):
     flags = ["--synthetic", "--epochs", "3", "--steps-per-epoch", "4"]
     trail = []
     for where, count in KILLS:
-        run = finish(start(["-c", VICTIM, where, count, *flags], tmp_path), tmp_path)
-        assert run.code == -signal.SIGKILL, (where, run.stderr)
-        flags = ["--resume", str(run.folder)]
-        trail.append({a: len(r["history"].get("acc", [])) for a, r in run.results["arms"].items()})
-    run = finish(start(["-c", VICTIM, "nowhere", 1, *flags], tmp_path), tmp_path)
-    assert run.code == 0, run.stderr
-    assert run.results["complete"]
-    check_history(run.results, 3)
+        code, run_dir, results = live(where, count, flags)
+        assert code == str(-signal.SIGKILL), where
+        flags = ["--resume", str(run_dir)]
+        trail.append({a: len(r["history"].get("acc", [])) for a, r in results["arms"].items()})
+    code, _, results = live("nowhere", 1, flags)
+    assert (code, results["complete"]) == ("0", True)
+    check_history(results, 3)
     assert trail[0] == {"resnet": 1}
     assert trail[-1] == {"resnet": 3, "plain": 3}
     # what one life wrote, the next ones left alone, but for the epoch they repeated
-    assert len(list((tmp_path / "log" / "resnet_cifar10").iterdir())) == 1
-    assert {path.name for path in run.folder.glob("*.keras")} == {"resnet.keras", "plain.keras"}
+    assert {path.name for path in run_dir.glob("*.keras")} == {"resnet.keras", "plain.keras"}
     # a finished run trains nothing more, unless it is given more epochs
-    before = run.results["arms"]
-    run = finish(start(["-c", VICTIM, "nowhere", 1, *flags], tmp_path), tmp_path)
-    assert (run.code, run.results["arms"]) == (0, before)
-    more = [*flags, "--epochs", "4"]
-    run = finish(start(["-c", VICTIM, "nowhere", 1, *more], tmp_path), tmp_path)
-    check_history(run.results, 4)
+    before = results["arms"]
+    code, _, results = live("nowhere", 1, flags)
+    assert (code, results["arms"]) == ("0", before)
+    code, _, results = live("nowhere", 1, [*flags, "--epochs", "4"])
+    check_history(results, 4)
     for arm in ("resnet", "plain"):
-        history = run.results["arms"][arm]["history"]
-        assert history["acc"][:3] == before[arm]["history"]["acc"]
+        assert results["arms"][arm]["history"]["acc"][:3] == before[arm]["history"]["acc"]
 
 
 def test_resume_continues_exactly(monkeypatch):
