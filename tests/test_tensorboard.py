@@ -33,7 +33,11 @@ def read(tmp_path, smoke_run):
 
 def test_every_arm_is_listed(read):
     wanted = {
-        (kind, f"{script}/{folder}", frozenset() if kind == "graph" else frozenset(tags))
+        (
+            kind,
+            f"{script}/{folder}".rstrip("/"),
+            frozenset() if kind == "graph" else frozenset(tags),
+        )
         for script in SCRIPTS
         for folder, kinds in case(script).events.items()
         for kind, tags in kinds.items()
