@@ -24,7 +24,7 @@ CASE = Case(
     history=dict.fromkeys(ARMS, HISTORY),
     events={f"{arm}/{part}": FITS for arm in ARMS for part in ("train", "validation")},
     figures=["accuracy.png", "loss.png", "samples.png"],
-    started="Epoch 1/7",
+    started="Epoch 2/7",
     again="Epoch 2/",
     bad_flags=[
         ["--steps-per-epoch", "0"],

@@ -27,7 +27,7 @@ CASE = Case(
         for part, kinds in {"train": FITS, "validation": FITS, "": {"images": {"kernels"}}}.items()
     },
     figures=["training_accuracy.png", "validation_accuracy.png"],
-    started="Epoch 1/30",
+    started="1/195",
     again="Epoch 2/",
     bad_flags=[
         ["--steps-per-epoch", "0"],

@@ -29,7 +29,7 @@ CASE = Case(
         f"{a}/{part}": k for a in ARMS for part, k in [("train", BATCHES), ("validation", FITS)]
     },
     figures=["training_accuracy.png", "validation_accuracy.png"],
-    started="Epoch 1/7",
+    started="Epoch 2/7",
     again="Epoch 2/",
     bad_flags=[
         ["--steps-per-epoch", "0"],
