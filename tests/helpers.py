@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,22 @@ def fails_in_one_line(function, capsys):
 def error_lines(stderr):
     """Return the lines of a process's stderr that are ours: TensorFlow writes there too."""
     return [line for line in stderr.splitlines() if line.startswith(("error:", "interrupted"))]
+
+
+def resume_a_damaged_checkpoint(module, run, kind, tmp_path, capsys, folder="checkpoint"):
+    """Truncate a checkpoint's file of a `kind` in a copy of a run; return what resuming says.
+
+    That is the exit code and the one line on stderr; results.json must stay as it is.
+    """
+    run_dir = tmp_path / "copy"
+    shutil.copytree(run.folder, run_dir)
+    (path,) = run_dir.glob(f"{folder}/*.{kind}")
+    path.write_bytes(path.read_bytes()[:100])
+    before = (run_dir / "results.json").read_text()
+    flags = ["--resume", str(run_dir), "--epochs", "20"]
+    answer = fails_in_one_line(lambda: module.run_as_command(lambda: module.main(flags)), capsys)
+    assert (run_dir / "results.json").read_text() == before
+    return answer
 
 
 def source(script):

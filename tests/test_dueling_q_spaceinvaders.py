@@ -248,11 +248,16 @@ def test_a_step_is_the_articles_with_the_right_frames():
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """Make episodes of 40 steps and a training step that only returns a loss."""
+def short_games(monkeypatch):
+    """Make episodes of 40 steps."""
     original = script.make_space_invaders
     limited = lambda: gymnasium.wrappers.TimeLimit(original(), 40)  # noqa: E731
     monkeypatch.setattr(script, "make_space_invaders", limited)
+
+
+@pytest.fixture
+def short(short_games, monkeypatch):
+    """Make episodes of 40 steps, and a training step that only returns a loss."""
     monkeypatch.setattr(script, "dueling_q_step", lambda *batch: tf.constant(2.0))
 
 
@@ -305,7 +310,6 @@ def test_too_little_room(short, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(short, monkeypatch, capsys):
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
     losses = iter([1.0] * 60 + [float("nan")] * 1000)
-    monkeypatch.setattr(script, "dueling_q_step", lambda *batch: tf.constant(3.0))
     monkeypatch.setattr(script, "float", lambda loss: next(losses), raising=False)
     flags = ["--delay-training", "40", "--replay-size", "200", "--epochs", "10"]
     code, line = fails_in_one_line(
@@ -433,7 +437,7 @@ def test_resume_after_kills(tmp_path):
     assert len(steps) >= newest
 
 
-def test_a_resumed_run_takes_the_same_next_step(tmp_path, monkeypatch):
+def test_a_resumed_run_takes_the_same_next_step(short_games, monkeypatch):
     """Networks, optimizer and counters come back from the checkpoint, bit for bit."""
     agents = []
 
@@ -441,9 +445,6 @@ def test_a_resumed_run_takes_the_same_next_step(tmp_path, monkeypatch):
         agents.append(arguments[4:])
         return tf.constant(0.5)
 
-    original = script.make_space_invaders
-    limited = lambda: gymnasium.wrappers.TimeLimit(original(), 40)  # noqa: E731
-    monkeypatch.setattr(script, "make_space_invaders", limited)
     monkeypatch.setattr(script, "dueling_q_step", watched)
     monkeypatch.setattr(script, "update_network", None)
     flags = ["--delay-training", "40", "--replay-size", "200", "--gif-every", "99"]
@@ -501,17 +502,10 @@ def test_a_trained_model_only_plays(smoke_run, tmp_path, short, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["data-00000-of-00001", "index"])
 def test_damaged_checkpoint(smoke_run, tmp_path, capsys, kind):
-    run_dir = tmp_path / "copy"
-    shutil.copytree(smoke_run("dueling_q_spaceinvaders").folder, run_dir)
-    (path,) = run_dir.glob(f"checkpoint/*.{kind}")
-    path.write_bytes(path.read_bytes()[:100])
-    before = (run_dir / "results.json").read_text()
-    flags = ["--resume", str(run_dir), "--epochs", "20"]
-    code, line = fails_in_one_line(
-        lambda: script.run_as_command(lambda: script.main(flags)), capsys
+    code, line = helpers.resume_a_damaged_checkpoint(
+        script, smoke_run("dueling_q_spaceinvaders"), kind, tmp_path, capsys
     )
     assert (code, "damaged" in line, "checkpoint" in line) == (1, True, True)
-    assert (run_dir / "results.json").read_text() == before
 
 
 @pytest.mark.slow
