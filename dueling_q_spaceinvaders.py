@@ -311,6 +311,7 @@ def save_gif(frames, path):
 def train(args, run_dir, results):
     """Play and learn up to args.epochs episodes, from the run's last checkpoint if it has one."""
     keras.utils.set_random_seed(args.seed)
+    tf.config.experimental.set_synchronous_execution(False)  # the game goes on while one learns
     primary_network, target_network = (DQModel(256, NUM_ACTIONS) for _ in range(2))
     target_network.set_weights(primary_network.get_weights())
     optimizer, done = keras.optimizers.Adam(), tf.Variable([0, 0])  # episodes, steps
@@ -322,14 +323,15 @@ def train(args, run_dir, results):
         manager.restore_or_initialize()
     except Exception as error:  # half a file raises whatever its bytes lead to
         raise OSError(f"{manager.directory} is damaged; delete it to train anew") from error
+    frames = tf.TensorSpec((BATCH_SIZE, NUM_FRAMES + 1, *POST_PROCESS_IMAGE_SIZE), tf.uint8)
     learn = tf.function(lambda *batch: dueling_q_step(*batch, *agent), jit_compile=True)
+    learn = learn.get_concrete_function(frames, *[tf.TensorSpec((BATCH_SIZE, 1))] * 3)  # no checks
     best_action = tf.function(lambda s: tf.argmax(primary_network(s), axis=1)[0], jit_compile=True)
-    episodes, steps = done.numpy().tolist()
+    episodes, steps = done.numpy().tolist()  # what came after the checkpoint is played again
     new = {"history": {"reward": [], "avg loss": []}, "final": {}, "seconds": 0.0}
     record = results["arms"].setdefault("dueling", new)
-    history, start = record["history"], time.perf_counter() - record["seconds"]
-    for values in history.values():
-        del values[episodes:]  # what came after the checkpoint is played again
+    record["history"] = history = {key: v[:episodes] for key, v in record["history"].items()}
+    start = time.perf_counter() - record["seconds"]
 
     def save():
         record["seconds"] = time.perf_counter() - start
@@ -352,7 +354,7 @@ def train(args, run_dir, results):
                 memory.add_sample(state[-1], action, reward, terminated)
                 total, steps = total + reward, steps + 1
                 if min(steps, memory.added) > args.delay_training:
-                    losses.append(float(learn(*memory.sample(BATCH_SIZE))))
+                    losses.append(learn(*memory.sample(BATCH_SIZE)))
                 ended = terminated or truncated or steps == args.max_steps
             episodes += 1
             history["reward"].append(total)
@@ -373,8 +375,7 @@ def train(args, run_dir, results):
     for _ in range(10):
         (state, _), total, ended = env.reset(), 0.0, False
         while not ended:
-            action = choose_action(state, best_action, eps=0)
-            state, reward, terminated, truncated, _ = env.step(action)
+            state, reward, terminated, truncated, _ = env.step(choose_action(state, best_action, 0))
             total, ended = total + reward, terminated or truncated
         greedy.append(total)
         if total == max(greedy):

@@ -10,6 +10,7 @@ where it cannot be imported, by this Python or by the one that SB3_PYTHON names.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -301,14 +302,31 @@ class Enough(Exception):
     """Ends a run that has been watched for long enough."""
 
 
-def our_atari_seconds(script, steps):
-    """Return the seconds of an environment step of the script's own loop while it trains."""
-    times, choose_action = [], script.choose_action
+def atari_seconds_in_turns(script, others, steps=30, turns=40):
+    """Time the script's own loop while it trains, and the others, for some steps each in turns.
+
+    The turns are short, as the machine's pace may change. `others` is {name: function(steps)}.
+    Returns {name: seconds of each turn's step}, with "here" for the script.
+    """
+    times, count = {"here": [], **{name: [] for name in others}}, itertools.count(-100)
+    choose_action, start = script.choose_action, 0.0
 
     def watched(*arguments):
-        times.append(time.perf_counter())
-        if len(times) == steps + 100:
-            raise Enough
+        nonlocal start
+        step = next(count)  # from 0 on all is compiled
+        if step > 0 and step % steps == 0:
+            times["here"].append((time.perf_counter() - start) / steps)
+            tf.config.experimental.set_synchronous_execution(True)
+            for name, function in others.items():
+                function(2)  # untimed: its weights come back into the caches
+                start = time.perf_counter()
+                function(steps)
+                times[name].append((time.perf_counter() - start) / steps)
+            tf.config.experimental.set_synchronous_execution(False)
+            if step == steps * turns:
+                raise Enough
+        if step >= 0 and step % steps == 0:
+            start = time.perf_counter()
         return choose_action(*arguments)
 
     mean_of_its_fall = (0.55, 0.55)
@@ -320,7 +338,7 @@ def our_atari_seconds(script, steps):
         stack.enter_context(contextlib.suppress(Enough))
         stack.enter_context(patches)
         script.main([*flags, "--logdir", folder])
-    return (times[-1] - times[99]) / steps  # by then all is compiled
+    return times
 
 
 def article_atari_agent(script):
@@ -350,12 +368,11 @@ def article_atari_agent(script):
         for t, e in zip(target.trainable_variables, primary.trainable_variables):
             t.assign(t * (1 - 0.08) + e * 0.08)
 
+    first = preprocess(env.reset(seed=0)[0])
+    stack, count = tf.Variable(np.repeat(first.numpy(), 3, axis=2)), itertools.count()
+
     def play(steps):
-        first, start = preprocess(env.reset(seed=0)[0]), 0.0
-        stack = tf.Variable(np.repeat(first.numpy(), 3, axis=2))
-        for step in range(steps + 10):
-            if step == 10:
-                start = time.perf_counter()
+        for step in itertools.islice(count, steps):
             action = env.action_space.sample()
             if random.random() >= 0.55:
                 action = int(np.argmax(primary(tf.reshape(stack, (1, 105, 80, 3)).numpy())))
@@ -369,7 +386,6 @@ def article_atari_agent(script):
             train()
             if terminated:
                 env.reset()
-        return (time.perf_counter() - start) / steps
 
     play(40)  # untimed: fills the memory, compiles
     return play
@@ -395,32 +411,21 @@ def space_invaders():
 
     agent = [*(script.DQModel(256, script.NUM_ACTIONS) for _ in range(2)), keras.optimizers.Adam()]
     agent[2].build(agent[0].trainable_variables)
-    learn = tf.function(
-        lambda *batch: script.dueling_q_step(*batch, *agent), jit_compile=True, autograph=False
-    )
     batch = [tf.zeros((32, 4, 105, 80), tf.uint8), *(tf.zeros((32, 1)) for _ in range(3))]
+    learn = tf.function(lambda *batch: script.dueling_q_step(*batch, *agent), jit_compile=True)
+    learn = learn.get_concrete_function(*batch)
 
     def step_alone(steps):
-        start = time.perf_counter()
         for _ in range(steps):
             float(learn(*batch))
-        return (time.perf_counter() - start) / steps
 
-    step_alone(3)
-    contestants = {
-        "here": (lambda steps: our_atari_seconds(script, steps), 300),
-        "step": (step_alone, 300),
-        "article": (article_atari_agent(script), 60),
-    }
-    times = {name: [] for name in contestants}
-    for _ in range(3):
-        for name, (play, steps) in contestants.items():
-            times[name].append(play(steps))
-    best = {name: min(values) for name, values in times.items()}
-    print({name: f"{1 / value:.1f}" for name, value in best.items()}, "steps/s")
+    others = {"step": step_alone, "article": article_atari_agent(script)}
+    times = atari_seconds_in_turns(script, others)
+    median = {name: np.median(values) for name, values in times.items()}
+    print({name: f"{1 / value:.1f}" for name, value in median.items()}, "steps/s")
     name = "dueling_q_spaceinvaders"
-    show(name, "environment steps/s", "the article's way", best["article"] / best["here"], 4)
-    ratio = best["here"] / best["step"]
+    show(name, "environment steps/s", "the article's way", median["article"] / median["here"], 4)
+    ratio = median["here"] / median["step"]
     show(name, "time of a step of the loop", "its compiled train step alone", ratio, 1.2, True)
     slot = np.dtype(script.SLOT).itemsize
     show(name, "bytes of replay a frame", "105 x 80 = 8,400", slot, 8500, True)
