@@ -44,6 +44,31 @@ def test_bad_flags(script, flags, capsys):
     assert not os.path.exists("log")
 
 
+def wrong_uses(action):
+    """Return command lines that no flag of its kind takes, for one flag of a parser."""
+    flag = action.option_strings[-1]
+    lines = [[flag[:-1], "1"], [flag[1:], "1"]]  # neither shortened nor with one dash
+    if action.nargs == 0:
+        return [*lines, [f"{flag}=1"], [flag, "stray"]]
+    values = ["no-such-choice", ""] if action.choices else []
+    if action.type:
+        values += ["x", "", "nan", "inf", "-inf", "1e999", "-99999999999", "99999999999", "0x1"]
+    return [*lines, [flag], *([flag, value] for value in values), [flag, "1", "stray"]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_uses_of_every_flag(script, capsys):
+    module = importlib.import_module(script)
+    actions = [action for action in module.build_parser()._actions if action.dest != "help"]
+    lines = [flags for action in actions for flags in wrong_uses(action)]
+    assert len(lines) > 40
+    for flags in lines:
+        code, line = fails_in_one_line(lambda flags=flags: module.main(flags), capsys)
+        assert (code, line[:7]) == (2, "error: "), flags
+        assert flags[0].partition("=")[0] in line or "stray" in line, flags
+    assert not os.path.exists("log")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_logdir_is_a_file(script, capsys):
     module = importlib.import_module(script)
