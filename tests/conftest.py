@@ -1,6 +1,7 @@
 """What all tests share: where they run, and one tiny run of each script, made once."""
 
 import functools
+import subprocess
 
 import helpers
 import pytest
@@ -24,3 +25,13 @@ def smoke_run(tmp_path_factory):
         return helpers.run_script(script, helpers.case(script).tiny, folder)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_fork(tmp_path_factory):
+    """Return helpers.run_fork with a server, which starts scripts without importing TensorFlow."""
+    folder = tmp_path_factory.mktemp("fork_server")
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with helpers.start(["-c", helpers.FORK_SERVER], folder, **pipes) as server:
+        yield functools.partial(helpers.run_fork, server)
+        server.stdin.close()

@@ -1,16 +1,13 @@
 """What can be foreseen to go wrong: one line, the right exit code, nothing left behind."""
 
-import contextlib
 import importlib
 import json
 import os
-import signal
-import subprocess
 import time
 
 import helpers
 import pytest
-from helpers import ROOT, SCRIPTS, case, fails_in_one_line, run_script, start
+from helpers import SCRIPTS, case, fails_in_one_line
 
 WITH_DATA = [script for script in SCRIPTS if '"--synthetic"' in helpers.source(script)]
 WITH_RESUME = [script for script in SCRIPTS if '"--resume"' in helpers.source(script)]
@@ -104,9 +101,9 @@ def test_two_runs_in_one_second(monkeypatch):
 
 
 @pytest.mark.parametrize("script", WITH_DATA)
-def test_no_network(script, tmp_path):
+def test_no_network(script, tmp_path, run_fork):
     begin = time.monotonic()
-    run = run_script(script, ["--epochs", "1"], tmp_path)
+    run = run_fork(script, ["--epochs", "1"], tmp_path)
     assert run.code == 1
     (line,) = helpers.error_lines(run.stderr)
     assert "Traceback" not in run.stderr
@@ -117,7 +114,7 @@ def test_no_network(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", WITH_DATA)
-def test_damaged_data(script, tmp_path):
+def test_damaged_data(script, tmp_path, run_fork):
     datasets = tmp_path / "keras" / "datasets"
     batches = datasets / "cifar-10-batches-py-target" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
@@ -125,7 +122,7 @@ def test_damaged_data(script, tmp_path):
     (datasets / "cifar-10-batches-py-target_archive").write_bytes(b"half an archive")
     for i in range(1, 6):
         (batches / f"data_batch_{i}").write_bytes(b"\x80\x04 half a pickle")
-    run = run_script(script, ["--epochs", "1"], tmp_path)
+    run = run_fork(script, ["--epochs", "1"], tmp_path)
     assert run.code == 1
     assert len(helpers.error_lines(run.stderr)) == 1
     assert "Traceback" not in run.stderr
@@ -168,18 +165,9 @@ def test_control_c_within_c_code(capsys):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_control_c(script, tmp_path):
+def test_control_c(script, tmp_path, run_fork):
     flags = [*case(script).tiny, "--epochs", "1000"]
-    process = start([ROOT / f"{script}.py", *flags], tmp_path)
-    for line in process.stdout:
-        if case(script).again in line:
-            break
-    for _ in range(3):  # a user presses again where Python lost one in a destructor
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=30)
-            break
-    run = helpers.finish(process, tmp_path)
+    run = run_fork(script, flags, tmp_path, interrupt_at=case(script).again)
     assert run.code == 130, run.stderr
     assert helpers.error_lines(run.stderr)
     assert "Traceback" not in run.stderr
