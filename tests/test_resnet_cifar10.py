@@ -149,9 +149,9 @@ def test_difference_5_both_arms_start_alike(smoke_run):
     assert np.mean(np.array(moved) > 1e-5) > 0.9
 
 
-def test_one_arm_alone_gives_what_it_gives_among_both(smoke_run, tmp_path):
+def test_one_arm_alone_gives_what_it_gives_among_both(smoke_run, run_fork, tmp_path):
     among_both = smoke_run("resnet_cifar10").results["arms"]["plain"]["history"]
-    run = helpers.run_script("resnet_cifar10", [*CASE.tiny, "--arms", "plain"], tmp_path)
+    run = run_fork("resnet_cifar10", [*CASE.tiny, "--arms", "plain"], tmp_path)
     assert list(run.results["arms"]) == ["plain"]
     for metric, values in run.results["arms"]["plain"]["history"].items():
         assert values == pytest.approx(among_both[metric], rel=1e-3), metric
