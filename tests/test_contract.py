@@ -189,8 +189,9 @@ def test_readme_repeats_the_articles_figures():
 
 def test_readme_shows_figures_that_are_there():
     readme = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\(docs/(.*?)\)", readme):
-        assert 5_000 < (ROOT / "docs" / path).stat().st_size < 150_000
+    for path in re.findall(r'src="(docs/.*?)"', readme):
+        assert 5_000 < (ROOT / path).stat().st_size < 150_000
+    assert readme.count("docs/figures/") == len(list(ROOT.glob("docs/figures/*.png")))
     for path in re.findall(r"`(\w+\.py)`", readme):
         assert (ROOT / path).exists(), path
 
