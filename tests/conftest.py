@@ -1,7 +1,9 @@
 """What all tests share: where they run, and one tiny run of each script, made once."""
 
 import functools
+import pickle
 import subprocess
+import time
 
 import helpers
 import pytest
@@ -16,13 +18,30 @@ def own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory):
-    """Return a function that starts a script as a user does, once a session: a helpers.Run."""
+def smoke_run(tmp_path_factory, worker_id):
+    """Return a function that starts a script as a user does, once a session: a helpers.Run.
+
+    The processes that share the tests (pytest-xdist) share these runs as well.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "smoke"
+    shared.mkdir(exist_ok=True)
 
     @functools.cache
     def run(script):
-        folder = tmp_path_factory.mktemp(script)
-        return helpers.run_script(script, helpers.case(script).tiny, folder)
+        folder, kept = shared / script, shared / f"{script}.pickle"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # the other process has begun it
+            deadline = time.monotonic() + 300
+            while not kept.exists():
+                assert time.monotonic() < deadline, f"{script} has no run"
+                time.sleep(0.1)
+            return pickle.loads(kept.read_bytes())
+        made = helpers.run_script(script, helpers.case(script).tiny, folder)
+        kept.with_suffix(".tmp").write_bytes(pickle.dumps(made))
+        kept.with_suffix(".tmp").rename(kept)
+        return made
 
     return run
 
