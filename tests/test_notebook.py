@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import time
 
 import helpers
@@ -59,7 +60,7 @@ class Kernel:
         """Run a cell; return (stdout, stderr, errors, number of pictures)."""
         request = self.client.execute(code)
         streams, errors, pictures = {"stdout": "", "stderr": ""}, [], 0
-        deadline = time.monotonic() + timeout
+        again, deadline = False, time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
                 message = self.client.get_iopub_msg(timeout=1)
@@ -74,6 +75,9 @@ class Kernel:
                 streams[content["name"]] += content["text"]
                 if interrupt_at and interrupt_at in streams["stdout"]:
                     interrupt_at = None
+                    self.manager.interrupt_kernel()
+                if not again and re.search(r"Exception ignored[^\0]*KeyboardI", streams["stderr"]):
+                    again = True  # Python lost it in a destructor: a user presses again
                     self.manager.interrupt_kernel()
             elif kind == "error":
                 errors.append(f"{content['ename']}: {content['evalue']}")
