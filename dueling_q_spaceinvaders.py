@@ -311,7 +311,6 @@ def save_gif(frames, path):
 def train(args, run_dir, results):
     """Play and learn up to args.epochs episodes, from the run's last checkpoint if it has one."""
     keras.utils.set_random_seed(args.seed)
-    tf.config.experimental.set_synchronous_execution(False)  # the game goes on while one learns
     primary_network, target_network = (DQModel(256, NUM_ACTIONS) for _ in range(2))
     target_network.set_weights(primary_network.get_weights())
     optimizer, done = keras.optimizers.Adam(), tf.Variable([0, 0])  # episodes, steps
@@ -326,7 +325,8 @@ def train(args, run_dir, results):
     frames = tf.TensorSpec((BATCH_SIZE, NUM_FRAMES + 1, *POST_PROCESS_IMAGE_SIZE), tf.uint8)
     learn = tf.function(lambda *batch: dueling_q_step(*batch, *agent), jit_compile=True)
     learn = learn.get_concrete_function(frames, *[tf.TensorSpec((BATCH_SIZE, 1))] * 3)  # no checks
-    best_action = tf.function(lambda s: tf.argmax(primary_network(s), axis=1)[0], jit_compile=True)
+    adv = keras.Model(primary_network.inputs, primary_network.get_layer("adv_out").output)
+    best_action = tf.function(lambda s: tf.argmax(adv(s), axis=1)[0], jit_compile=True)  # is Q's
     episodes, steps = done.numpy().tolist()  # what came after the checkpoint is played again
     new = {"history": {"reward": [], "avg loss": []}, "final": {}, "seconds": 0.0}
     record = results["arms"].setdefault("dueling", new)
@@ -354,7 +354,7 @@ def train(args, run_dir, results):
                 memory.add_sample(state[-1], action, reward, terminated)
                 total, steps = total + reward, steps + 1
                 if min(steps, memory.added) > args.delay_training:
-                    losses.append(learn(*memory.sample(BATCH_SIZE)))
+                    losses.append(float(learn(*memory.sample(BATCH_SIZE))))
                 ended = terminated or truncated or steps == args.max_steps
             episodes += 1
             history["reward"].append(total)

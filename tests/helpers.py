@@ -124,6 +124,31 @@ def run_fork(server, script, flags, folder, interrupt_at=None):
     return Run(code, *(output.read_text() for output in outputs), *newest_results(folder))
 
 
+ON_TWO_DEVICES = """
+import importlib, sys, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategies, mirrored = [], tf.distribute.MirroredStrategy
+def watched(devices):
+    strategies.append(mirrored(devices))
+    return strategies[-1]
+tf.distribute.MirroredStrategy = watched
+script = importlib.import_module(sys.argv[1])
+PREPARATION
+script.main([*sys.argv[2:], "--device", "all"])
+print("replicas", strategies[0].num_replicas_in_sync)
+"""
+
+
+def run_on_two_devices(script, flags, folder, preparation=""):
+    """Run a script's `main` with --device all where TensorFlow sees two processors; a Run."""
+    code = ON_TWO_DEVICES.replace("PREPARATION", preparation)
+    run = finish(start(["-c", code, script, *flags], folder), folder)
+    assert run.code == 0, run.stderr
+    assert "replicas 2" in run.stdout
+    return run
+
+
 def fails_in_one_line(function, capsys):
     """Call `function`, which must exit; return its code and the one line it left on stderr."""
     capsys.readouterr()

@@ -247,13 +247,6 @@ def test_a_step_is_the_articles_with_the_right_frames():
 # --- Training ---
 
 
-@pytest.fixture(autouse=True)
-def each_operation_waited_for():
-    """Undo, for the tests that follow in this process, what the script's `train` sets."""
-    yield
-    tf.config.experimental.set_synchronous_execution(True)
-
-
 @pytest.fixture
 def short_games(monkeypatch):
     """Make episodes of 40 steps."""

@@ -1,7 +1,6 @@
 """gap_cats_dogs.py: data by hand, back ends by hand, its differences from the article, resuming."""
 
 import json
-import shutil
 import signal
 
 import helpers
@@ -374,37 +373,17 @@ script.main(sys.argv[1:])
 
 
 def test_damaged_checkpoint(smoke_run, tmp_path, capsys):
-    run_dir = tmp_path / "copy"
-    shutil.copytree(smoke_run("gap_cats_dogs").folder, run_dir)
-    (path,) = run_dir.glob("checkpoint/fc/*.data-00000-of-00001")
-    path.write_bytes(path.read_bytes()[:100])
-    flags = ["--resume", str(run_dir), "--epochs", "3"]
-    code, line = helpers.fails_in_one_line(
-        lambda: script.run_as_command(lambda: script.main(flags)), capsys
+    kind, folder = "data-00000-of-00001", "checkpoint/fc"
+    code, line = helpers.resume_a_damaged_checkpoint(
+        script, smoke_run("gap_cats_dogs"), kind, tmp_path, capsys, folder
     )
     assert code == 1
-    assert "checkpoint/fc is damaged" in line
+    assert f"{folder} is damaged" in line
 
 
 def test_device_all_trains_on_two_devices(tmp_path):
-    code = """
-import tensorflow as tf, gap_cats_dogs as script
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-script.IMAGE_SIZE = 44
-strategies = []
-mirrored = tf.distribute.MirroredStrategy
-def watched(devices):
-    strategies.append(mirrored(devices))
-    return strategies[-1]
-tf.distribute.MirroredStrategy = watched
-flags = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "4", "--device", "all"]
-script.main([*flags, "--arms", "gap"])
-print("replicas", strategies[0].num_replicas_in_sync)
-"""
-    run = finish(start(["-c", code], tmp_path), tmp_path)
-    assert run.code == 0, run.stderr
-    assert "replicas 2" in run.stdout
+    flags = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "4", "--arms", "gap"]
+    run = helpers.run_on_two_devices("gap_cats_dogs", flags, tmp_path, "script.IMAGE_SIZE = 44")
     assert list(run.results["arms"]["gap"]["history"]) == ["accuracy", "loss", *HISTORY[2:]]
 
 

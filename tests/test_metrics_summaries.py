@@ -2,10 +2,11 @@
 
 import json
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import Case, finish, start
+from helpers import Case
 
 import metrics_summaries as script
 
@@ -266,23 +267,8 @@ def test_no_epochs():
 
 
 def test_device_all_trains_on_two_devices(tmp_path):
-    code = """
-import sys, tensorflow as tf, metrics_summaries as script
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategies = []
-mirrored = tf.distribute.MirroredStrategy
-def watched(devices):
-    strategies.append(mirrored(devices))
-    return strategies[-1]
-tf.distribute.MirroredStrategy = watched
-script.main([*sys.argv[1:], "--device", "all"])
-print("replicas", strategies[0].num_replicas_in_sync)
-"""
     flags = ["--synthetic", "--epochs", "1", "--fit-epochs", "1", "--steps-per-epoch", "15"]
-    run = finish(start(["-c", code, *flags], tmp_path), tmp_path)
-    assert run.code == 0, run.stderr
-    assert "replicas 2" in run.stdout
+    run = helpers.run_on_two_devices("metrics_summaries", flags, tmp_path)
     history = run.results["arms"]["fit"]["history"]
     assert sorted(history) == sorted(FITTED)
     kernel = keras.models.load_model(run.folder / "fit.keras").layers[0].kernel.numpy()

@@ -350,26 +350,13 @@ def test_a_resumed_head_is_the_undisturbed_one(quick):
 
 
 def test_device_all_trains_on_two_devices(tmp_path):
-    code = """
-import tensorflow as tf, transfer_resnet50 as script, test_transfer_resnet50
-script.resnet50.ResNet50 = test_transfer_resnet50.one_layer
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-script.IMAGE_SIZE = 44
-strategies = []
-mirrored = tf.distribute.MirroredStrategy
-def watched(devices):
-    strategies.append(mirrored(devices))
-    return strategies[-1]
-tf.distribute.MirroredStrategy = watched
-flags = ["--synthetic", "--weights", "none", "--epochs", "1", "--steps-per-epoch", "2"]
-script.main([*flags, "--device", "all"])
-print("replicas", strategies[0].num_replicas_in_sync)
+    preparation = f"""
+sys.path.append({str(helpers.ROOT / "tests")!r})
+import test_transfer_resnet50
+script.resnet50.ResNet50, script.IMAGE_SIZE = test_transfer_resnet50.one_layer, 44
 """
-    code = f"import sys; sys.path.append({str(helpers.ROOT / 'tests')!r})\n{code}"
-    run = finish(start(["-c", code], tmp_path), tmp_path)
-    assert run.code == 0, run.stderr
-    assert "replicas 2" in run.stdout
+    flags = ["--synthetic", "--weights", "none", "--epochs", "1", "--steps-per-epoch", "2"]
+    run = helpers.run_on_two_devices("transfer_resnet50", flags, tmp_path, preparation)
     assert set(run.results["arms"]) == set(ARMS)
 
 
