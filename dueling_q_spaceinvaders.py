@@ -326,7 +326,7 @@ def train(args, run_dir, results):
     learn = tf.function(lambda *batch: dueling_q_step(*batch, *agent), jit_compile=True)
     learn = learn.get_concrete_function(frames, *[tf.TensorSpec((BATCH_SIZE, 1))] * 3)  # no checks
     adv = keras.Model(primary_network.inputs, primary_network.get_layer("adv_out").output)
-    best_action = tf.function(lambda s: tf.argmax(adv(s), axis=1)[0], jit_compile=True)  # Q's too
+    best_action = tf.function(lambda s: tf.argmax(adv(s), axis=1)[0], jit_compile=True)  # as Q's
     episodes, steps = done.numpy().tolist()  # what came after the checkpoint is played again
     new = {"history": {"reward": [], "avg loss": []}, "final": {}, "seconds": 0.0}
     record = results["arms"].setdefault("dueling", new)

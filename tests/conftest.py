@@ -1,4 +1,4 @@
-"""What all tests share: where they run, and one tiny run of each script, made once."""
+"""What all tests share: where they run, the scripts' tiny runs, a server that forks."""
 
 import functools
 import pickle

@@ -15,15 +15,10 @@ WITHOUT_FIT = [script for script in SCRIPTS if "several=True" not in helpers.sou
 
 BAD_FLAGS = [
     ["--epochs", "-1"],
-    ["--epochs", "many"],
     ["--epochs", "1.5"],
-    ["--epochs", "nan"],
-    ["--epochs"],
-    ["--epoch", "1"],  # no abbreviations
     ["--no-such-flag"],
     ["stray"],
     ["--seed", "-1"],
-    ["--seed", "99999999999"],
     ["--device", "tpu"],
     ["--device", "gpu:99"],
     ["--device", "gpu:"],
@@ -41,9 +36,8 @@ def test_bad_flags(script, flags, capsys):
     assert not os.path.exists("log")
 
 
-def wrong_uses(action):
-    """Return command lines that no flag of its kind takes, for one flag of a parser."""
-    flag = action.option_strings[-1]
+def wrong_uses(action, flag):
+    """Return command lines that a parser's action does not take under one of its flags."""
     lines = [[flag[:-1], "1"], [flag[1:], "1"]]  # neither shortened nor with one dash
     if action.nargs == 0:
         return [*lines, [f"{flag}=1"], [flag, "stray"]]
@@ -57,7 +51,8 @@ def wrong_uses(action):
 def test_wrong_uses_of_every_flag(script, capsys):
     module = importlib.import_module(script)
     actions = [action for action in module.build_parser()._actions if action.dest != "help"]
-    lines = [flags for action in actions for flags in wrong_uses(action)]
+    names = [(action, flag) for action in actions for flag in action.option_strings]
+    lines = [flags for action, flag in names for flags in wrong_uses(action, flag)]
     assert len(lines) > 40
     for flags in lines:
         code, line = fails_in_one_line(lambda flags=flags: module.main(flags), capsys)
