@@ -30,8 +30,8 @@ Kept: batches of 32, the last of 4 counting as much; a scale of 1, although the 
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "tensorflow>=2.18,<3", "tf-keras>=2.18,<3", "tensorflow-probability>=0.25,<1",
-#     "tensorboard>=2.18,<3", "numpy>=2,<3", "matplotlib>=3.9,<4",
+#     "tensorflow>=2.20,<3", "tf-keras>=2.20,<3", "tensorflow-probability>=0.25,<1",
+#     "tensorboard>=2.20,<3", "numpy>=2,<3", "matplotlib>=3.9,<4",
 # ]
 # ///
 

@@ -19,7 +19,7 @@ Differences from the article:
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["tensorflow>=2.18,<3", "keras>=3.8,<4", "tensorboard>=2.18,<3", "numpy>=2,<3",
+# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3", "numpy>=2,<3",
 #     "gymnasium[classic-control]>=1.1,<2", "ale-py>=0.10.2,<1", "matplotlib>=3.9,<4"]
 # ///
 

@@ -24,7 +24,7 @@ starts anew after each point, RMSprop's one step in ten games (whose mean losses
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "tensorflow>=2.18,<3", "keras>=3.8,<4", "tensorboard>=2.18,<3", "ale-py>=0.10.2,<1",
+#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3", "ale-py>=0.10.2,<1",
 #     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4",
 # ]
 # ///

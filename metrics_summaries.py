@@ -31,7 +31,7 @@ Differences from the article:
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "tensorflow>=2.18,<3", "keras>=3.8,<4", "tensorboard>=2.18,<3",
+#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
 #     "numpy>=2,<3", "matplotlib>=3.9,<4",
 # ]
 # ///

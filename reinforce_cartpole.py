@@ -30,7 +30,7 @@ Kept although unusual: an episode that reaches the limit ends as if the pole had
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "tensorflow>=2.18,<3", "keras>=3.8,<4", "tensorboard>=2.18,<3",
+#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
 #     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4",
 # ]
 # ///

@@ -27,8 +27,8 @@ Kept: the small network's pooling is 2x2, not global; an epoch is 1.25 passes (s
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "tensorflow>=2.18,<3", "keras>=3.8,<4", "tensorboard>=2.18,<3",
-#     "tensorflow-datasets>=4.9.7,<5", "importlib_resources>=6", "matplotlib>=3.9,<4",
+#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
+#     "tensorflow-datasets>=4.9.8,<5", "importlib_resources>=6", "matplotlib>=3.9,<4",
 # ]
 # ///
 
