@@ -206,13 +206,13 @@ def resume_run(args, argv):
         results = json.loads((run_dir / "results.json").read_text())
     if results.get("script") != SCRIPT:
         parser.error(f"argument --resume: {run_dir} holds no run of {SCRIPT}.py that can be read")
-    parser.set_defaults(**results["config"])
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(**results["config"]))
     for name in results["config"].keys() - {"epochs", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
             parser.error(f"argument --{name.replace('_', '-')}: not as in the run to resume")
     results |= {"config": vars(args), "complete": False}
-    print(f"{SCRIPT} on {results['data']} goes on in {run_dir}; begun with {results['versions']}")
+    old = [f"{p} {v}" for p, v in results["versions"].items() if importlib.metadata.version(p) != v]
+    print(f"{SCRIPT} goes on in {run_dir}" + (f"; warning: it was begun with {old}" if old else ""))
     return args, run_dir, results
 
 

@@ -185,3 +185,20 @@ def test_what_resume_refuses(script, smoke_run, tmp_path, capsys):
         (other / "results.json").write_text(content)
         code, line = fails_in_one_line(lambda: module.main(["--resume", str(other)]), capsys)
         assert (code, "--resume" in line) == (2, True)
+
+
+@pytest.mark.parametrize("script", WITH_RESUME)
+def test_resume_warns_of_other_versions(script, smoke_run, tmp_path, capsys):
+    module, results = importlib.import_module(script), smoke_run(script).results
+    argv = ["--resume", str(tmp_path)]
+    for keras_version, warned in ((results["versions"]["keras"], False), ("3.8.0", True)):
+        results = {**results, "versions": {**results["versions"], "keras": keras_version}}
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        args, run_dir, resumed = module.resume_run(module.parse_args(argv), argv)
+        out = capsys.readouterr().out
+        assert str(tmp_path) in out
+        assert ("warning" in out, "['keras 3.8.0']" in out) == (warned, warned)
+        assert run_dir == tmp_path
+        # the run keeps its flags, and the versions that it was begun with
+        assert {**vars(args), "resume": None} == results["config"]
+        assert resumed["versions"] == results["versions"]
