@@ -122,8 +122,10 @@ FLAGS = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "3"]
 
 
 def test_differences_1_and_3_one_cast_and_constants(monkeypatch):
-    watch = Watch(monkeypatch)
+    watch, get_batch, drawn = Watch(monkeypatch), script.get_batch, []
+    monkeypatch.setattr(script, "get_batch", lambda *a: drawn.append(get_batch(*a)) or drawn[-1])
     script.main(FLAGS)
+    assert {batch_x.dtype for batch_x, _ in drawn} == {np.dtype("float32")}
     assert {dtype for _, dtype, _, _ in watch.seen} == {tf.float32}
     assert not any(issubclass(kind, tf.Variable) for kind, _, _, _ in watch.seen)
 
