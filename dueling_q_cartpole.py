@@ -13,7 +13,7 @@ Measured (300 episodes, seeds 0 to 4): 163 and 170 steps from episode 100 on; no
 
 Differences from the article:
 1. The mean of the advantages is over the actions of each state; the article's is over the whole
-   batch, so that the Q values of a state depend on the others.
+   batch, so that the Q values of a state depend on the others. Here that cost nothing: 171 steps.
 2. The target network starts as a copy. The article copied weights before there were any.
 3. Epsilon falls until step 300 + 5,000. The article's jumps down at step 5,000, from 0.07.
 4. `avg loss` is the mean over the steps that trained; the article averaged a -1 for every other.
