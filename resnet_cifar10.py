@@ -10,7 +10,7 @@ difference. Ten such blocks, and ten without the addition, are trained in the sa
     python resnet_cifar10.py --epochs 1 --synthetic   # a look, without a download
 
 Measured, seeds 0 to 2: training accuracy 0.742 +- 0.008, plain 0.685 +- 0.011: the article's lead
-of five points holds. Validation 0.673 +- 0.040, plain 0.648 +- 0.008: near 0.1 at first, while batch
+of five points holds. Validation 0.673 +- 0.040, plain 0.648 +- 0.008: near 0.1 at first, as batch
 norm's averages lag, it still swings by 0.05 from epoch to epoch at last; seed 2 ends in a dip.
 
 Differences from the article:
