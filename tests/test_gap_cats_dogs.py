@@ -222,10 +222,14 @@ def test_synthetic_photographs_have_many_sizes_and_can_be_learned():
     assert first[0] != first[1]  # the sets are not parts of one another
 
 
-def test_an_epoch_is_as_many_batches_as_all_images_fill(monkeypatch, capsys):
-    monkeypatch.setattr(script, "IMAGE_SIZE", 44)
-    script.main(["--synthetic", "--epochs", "0", "--arms", "gap"])
-    assert f"{(800 + 96 + 104) // 64} batches an epoch" in capsys.readouterr().out
+@pytest.mark.parametrize(("flags", "window"), [([], 80), (["--no-cache"], 1000)])
+def test_difference_6_the_steps_and_the_window_of_a_run(monkeypatch, capsys, small, flags, window):
+    """Without the cache a wide window would decode as many images before the first batch."""
+    windows, original = [], script.batch_sets
+    monkeypatch.setattr(script, "batch_sets", lambda *a: windows.append(a[1]) or original(*a))
+    script.main(["--synthetic", "--epochs", "0", "--arms", "gap", "--batch-size", "8", *flags])
+    assert f"{(80 + 9 + 10) // 8} batches an epoch" in capsys.readouterr().out  # as all sets fill
+    assert windows == [window]
 
 
 def test_difference_4_the_test_images_are_evaluated(smoke_run):
