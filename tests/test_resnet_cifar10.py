@@ -67,9 +67,14 @@ def test_the_seed_decides_the_batches():
     assert found[0] == found[1] != found[2]
 
 
-def test_difference_2_batches_are_prepared_ahead():
+def test_difference_2_batches_are_prepared_whole_and_ahead(monkeypatch):
+    ranks, crop = [], tf.image.central_crop
+    monkeypatch.setattr(
+        tf.image, "central_crop", lambda x, n: ranks.append(x.shape.rank) or crop(x, n)
+    )
     for dataset in script.make_datasets((numbered(64), numbered(8)), 8, seed=0):
         assert "Prefetch" in type(dataset).__name__
+    assert set(ranks) == {4}
 
 
 def test_difference_3_validation_sees_each_image_once():
