@@ -2,11 +2,16 @@
 
 import functools
 import pickle
+import signal
 import subprocess
 import time
 
 import helpers
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would all that the tests start. (Done here, not
+# between fork and exec: there Python can die without a word, as TensorFlow's threads hold locks.)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import ast
 import collections
-import functools
 import importlib
 import io
 import json
@@ -63,8 +62,6 @@ def start(arguments, folder, **options):
     """Start Python with `arguments` in `folder`; return the process, its output piped as text."""
     env = {**os.environ, **environment(folder), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    # A shell's background job ignores Ctrl-C, and so would what it starts
-    pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     arguments = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(arguments, cwd=folder, env=env, **pipes)
 
