@@ -11,9 +11,9 @@ images by heart. Global average pooling (GAP) has none: it keeps the mean of eac
 
 Measured, training / validation / test accuracy: fc 0.981 / 0.762 +- 0.040 / 0.780 and gap 0.809 /
 0.670 +- 0.113 / 0.675 (seeds 0 to 2); fc_dropout 0.913 / 0.834 / 0.857 and 0.914 / 0.737 / 0.752,
-avgpool 0.880 / 0.776 / 0.798 and 0.878 / 0.721 / 0.733 (seeds 0 and 1). fc overfits: from the second
-epoch on its validation loss rises, 0.47 to 0.72 and more. gap does not, and is last: it learns
-slowly. Batch norm's averages lag, and move validation by 0.1 from one epoch to the next.
+avgpool 0.880 / 0.776 / 0.798 and 0.878 / 0.721 / 0.733 (seeds 0 and 1). fc overfits: from the
+second epoch on its validation loss rises, 0.47 to 0.72 and more. gap does not, and is last: it
+learns slowly. Batch norm's averages lag, and move validation by 0.1 from one epoch to the next.
 
 Differences from the article:
 1. Each network has its own head, all with the same first weights. The article's share one object:
