@@ -10,9 +10,9 @@ from helpers import ROOT, SCRIPTS
 RESULTS = ROOT / "docs" / "results"
 
 
-def runs(script, middle=""):
-    """Return the results.json of the runs <script><middle>.seed<N>, in the seeds' order."""
-    paths = sorted(RESULTS.glob(f"{script}{middle}.seed*.json"))
+def runs(script, which=".seed*"):
+    """Return the results.json of the runs <script><which>, in the seeds' order."""
+    paths = sorted(RESULTS.glob(f"{script}{which}.json"))
     assert paths, script
     return [json.loads(path.read_text()) for path in paths]
 
@@ -32,7 +32,7 @@ def rewards(run, arm, first, last=None):
 
 
 def mnist_eager_mlp():
-    eager, compiled = (runs("mnist_eager_mlp", middle) for middle in ("", ".compile"))
+    eager, compiled = (runs("mnist_eager_mlp", which) for which in (".seed*", ".compile*"))
     accuracy = finals(eager + compiled, "mlp", "test_accuracy")
     loss = finals(eager + compiled, "mlp", "loss")
     yield (
@@ -52,7 +52,7 @@ def metrics_summaries():
 
 
 def double_q_cartpole():
-    noise = json.loads((RESULTS / "double_q_cartpole.noise.json").read_text())
+    (noise,) = runs("double_q_cartpole", ".noise")
     found = {arm: [one["final"] for one in noise["arms"][arm]["runs"]] for arm in noise["arms"]}
     at = {arm: spread([f["episodes_to_180"] for f in found[arm]], 0) for arm in found}
     late = {arm: rewards(noise, arm, 101) for arm in found}
@@ -64,7 +64,7 @@ def double_q_cartpole():
 
 
 def dueling_q_cartpole():
-    run = json.loads((RESULTS / "dueling_q_cartpole.json").read_text())
+    (run,) = runs("dueling_q_cartpole", "")
     late = [f"{rewards(run, arm, 101):.0f}" for arm in ("double", "dueling")]
     yield "row", f"Double Q {late[0]} steps from episode 100 on, Dueling Q {late[1]}"
     yield "docstring", f"{late[0]} and {late[1]} steps from episode 100 on"
@@ -86,8 +86,8 @@ def reinforce_cartpole():
 
 def keras_pg_weighted_ce():
     found = runs("keras_pg_weighted_ce")
-    yield "row", f"CartPole {spread(finals(found, 'agent', 'reward'), 1)} steps at last"
     reward = finals(found, "agent", "reward")
+    yield "row", f"CartPole {spread(reward, 1)} steps at last"
     yield "docstring", f"CartPole: {min(reward):.0f} to {max(reward):.0f} steps in the last 100"
     slopes = sorted(finals(found, "identity", "slope"))
     yield "docstring", f"falls as N^{slopes[-1]:.2f} to N^{slopes[0]:.2f}"
