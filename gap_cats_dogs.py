@@ -386,7 +386,7 @@ def plot(run_dir, results, samples):
                 label = f"{labels[arm]} {'validation' if prefix else 'training'}"
                 axes.plot(range(1, len(values) + 1), values, f"C{i}{line}", label=label)
         axes.set(title=f"Back ends: {metric} on {results['data']}", xlabel="epoch", ylabel=metric)
-        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+        figure.legend(loc="outside lower center", ncols=len(results["arms"]), fontsize="small")
         save_figure(figure, run_dir / f"{metric}.png")
 
 

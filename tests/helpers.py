@@ -18,9 +18,7 @@ import tokenize
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# The scripts still to be written; those that are here have a CASE in tests/test_<script>.py.
-MISSING = []
-
+# What a script's own tests say of it to the others: the CASE in tests/test_<script>.py.
 Case = collections.namedtuple(
     "Case",
     [

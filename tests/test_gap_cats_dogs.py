@@ -4,6 +4,7 @@ import json
 import signal
 
 import helpers
+import matplotlib.pyplot as plt
 import numpy as np
 import photographs
 import pytest
@@ -243,6 +244,26 @@ def test_difference_4_the_test_images_are_evaluated(smoke_run):
             expected, abs=0.02
         )
     assert run.stdout.count("1/1 - ") == len(ARMS)  # evaluations: once an arm
+
+
+# --- Plots ---
+
+
+@pytest.mark.parametrize("arms", [["fc_dropout", "avgpool"], ["fc", "gap", "avgpool"], ARMS])
+def test_the_legend_has_a_column_an_arm_and_is_not_cut_off(monkeypatch, tmp_path, arms):
+    figures = []
+    monkeypatch.setattr(script, "save_figure", lambda figure, path: figures.append(figure))
+    records = {arm: {"history": dict.fromkeys(HISTORY, [0.5, 0.6])} for arm in arms}
+    script.plot(tmp_path, {"data": "x", "arms": records}, [np.zeros((9, 9, 3), "uint8")] * 2)
+    for figure in figures[1:]:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box, canvas = legend.get_window_extent(), figure.bbox
+        assert canvas.x0 <= box.x0 < box.x1 <= canvas.x1
+        assert canvas.y0 <= box.y0 < box.y1 <= canvas.y1
+        left = [text.get_window_extent().x0 for text in legend.get_texts()]
+        assert left[::2] == pytest.approx(left[1::2])  # training above validation
+        plt.close(figure)
 
 
 # --- Bad data ---

@@ -1,11 +1,12 @@
 """README's table and the scripts' docstrings say what the runs kept in docs/results found."""
 
+import importlib
 import json
 import re
 import statistics
 
 import pytest
-from helpers import ROOT, SCRIPTS
+from helpers import ROOT
 
 RESULTS = ROOT / "docs" / "results"
 
@@ -19,6 +20,10 @@ def runs(script, which=".seed*"):
 
 def finals(found, arm, metric):
     return [run["arms"][arm]["final"][metric] for run in found]
+
+
+def mean(values, digits):
+    return f"{statistics.mean(values):.{digits}f}"
 
 
 def spread(values, digits):
@@ -45,10 +50,45 @@ def mnist_eager_mlp():
 def metrics_summaries():
     found, name = runs("metrics_summaries"), "sparse_categorical_accuracy"
     accuracy, validation = (finals(found, "fit", f"{part}{name}") for part in ("", "val_"))
-    yield "row", f"{statistics.mean(accuracy):.3f} / {spread(validation, 3)}"
-    yield "row", f"kernel {statistics.mean(finals(found, 'fit', 'std_of_conv2d_kernel')):.2f}"
+    yield "row", f"{mean(accuracy, 3)} / {spread(validation, 3)}"
+    yield "row", f"kernel {mean(finals(found, 'fit', 'std_of_conv2d_kernel'), 2)}"
     yield "docstring", spread(validation, 3)
     yield "docstring", f"after the loop {spread(finals(found, 'loop', 'test_accuracy'), 3)}"
+
+
+def gap_cats_dogs():
+    names = {"fc": "fc", "fc_dropout": "fc_dropout", "gap": "global pooling"}
+    names["avgpool"] = "2x2 pooling"
+    for arms in ("fc+gap", "fc_dropout+avgpool"):
+        found = runs("gap_cats_dogs", f".{arms}.seed*")
+        assert len(found) == 3
+        for arm in arms.split("+"):
+            training = mean(finals(found, arm, "accuracy"), 3)
+            validation = spread(finals(found, arm, "val_accuracy"), 3)
+            test = mean(finals(found, arm, "test_accuracy"), 3)
+            yield "row", f"{names[arm]} {training} / {validation}"
+            yield "docstring", f"{arm} {training} / {validation} / {test}"
+
+
+def transfer_resnet50():
+    found, metrics = runs("transfer_resnet50"), ("accuracy", "val_accuracy", "test_accuracy")
+    assert len(found) == 3
+    training, validation, test = (spread(finals(found, "cnn", name), 3) for name in metrics)
+    yield "row", f"small network {training} / {validation} (test {test}; seeds 0 to 2)"
+    text = f"{training} in training, {validation} in validation, {test} in test"
+    yield "docstring", text
+
+
+def resnet_cifar10():
+    found = runs("resnet_cifar10")
+    resnet, plain = (finals(found, arm, "acc") for arm in ("resnet", "plain"))
+    valid = [spread(finals(found, arm, "val_acc"), 3) for arm in ("resnet", "plain")]
+    train = [spread(values, 3) for values in (resnet, plain)]
+    yield "row", f"ResNet {train[0]} / {valid[0]}, plain {train[1]} / {valid[1]}"
+    leads = [f"{100 * (ours - theirs):.1f}" for ours, theirs in zip(resnet, plain, strict=True)]
+    yield "row", f"ahead by {leads[0]}, {leads[1]} and {leads[2]} points in training"
+    yield "docstring", f"training accuracy {train[0]}, plain {train[1]}"
+    yield "docstring", f"Validation {valid[0]}, plain {valid[1]}"
 
 
 def double_q_cartpole():
@@ -73,8 +113,23 @@ def dueling_q_cartpole():
         for arm in ("double", "dueling")
     ]
     assert [len(numbers) for numbers in reached] == [4, 4]
-    means = [f"{statistics.mean(numbers):.0f}" for numbers in reached]
-    yield "row", f"four of five seeds of each pass 180, at episode {' and '.join(means)} on average"
+    means = " and ".join(mean(numbers, 0) for numbers in reached)
+    yield "row", f"four of five seeds of each pass 180, at episode {means} on average"
+
+
+def dueling_q_spaceinvaders():
+    (run,) = runs("dueling_q_spaceinvaders", "")
+    history, final = (run["arms"]["dueling"][part] for part in ("history", "final"))
+    points, losses = history["reward"], history["avg loss"]
+    at_random = [one for one, loss in zip(points, losses, strict=True) if loss is None]
+    start, end, games = mean(at_random, 0), mean(points[-50:], 0), len(points)
+    yield (
+        "row",
+        f"from {start} points (the games at random) to {end} (the last 50) in {games} games",
+    )
+    yield "row", f"ten greedy games {final['greedy_reward']:.0f} (seed 0)"
+    text = f"the games at random give {start} points, the last 50 of {games} games {end}"
+    yield "docstring", text
 
 
 def reinforce_cartpole():
@@ -92,6 +147,13 @@ def keras_pg_weighted_ce():
     slopes = sorted(finals(found, "identity", "slope"))
     yield "docstring", f"falls as N^{slopes[-1]:.2f} to N^{slopes[0]:.2f}"
     assert max(finals(found, "identity", "weighted_error")) < 2.5e-7  # "to 2e-7"
+    yield "row", "equal to 2e-7; from N samples it errs by N^-0.5"
+    (pong,) = runs("keras_pg_weighted_ce", ".pong")
+    played = pong["arms"]["agent"]["history"]["reward"]
+    first, last = (statistics.mean(part) for part in (played[:100], played[-100:]))
+    yield "row", f"Pong, after {len(played)} games, still lost by {-last:.1f} of 21 points"
+    yield "docstring", f"a short run ({len(played)} games, seed 0)"
+    yield "docstring", f"still loses by {-last:.1f} points (the first 100 by {-first:.1f})"
 
 
 def bayes_mle():
@@ -107,13 +169,30 @@ def bayes_mle():
     coverage = finals(found, "growing_noise", "coverage")
     *first, last = [f"{100 * share:.0f}" for share in coverage]
     yield "docstring", f"holds {', '.join(first)} and {last} % of the points"
+    at_last = [run["arms"] for run in runs("bayes_mle", ".converge.seed*")]
+    for arms in at_last:
+        lines = arms["constant_noise"]["estimates"]
+        for name in ("slope", "intercept"):
+            assert abs(lines["converged"][name] - lines["least squares"][name]) < 1e-3
+    bands = [arms["growing_noise"]["estimates"] for arms in at_last]
+    above = [one["fit"]["nll"] - one["converged"]["nll"] for one in bands]
+    assert sum(nll > 0.5 for nll in above) == 2
+    yield "row", "the second fit far from its maximum for two of five seeds"
+    *first, last = [f"{nll:.1f}" if nll > 0.5 else f"{nll:.1g}" for nll in above]
+    yield "docstring", f"maximum by {', '.join(first)} and {last} NLL a point"
+    coverage = [100 * one["converged"]["coverage"] for one in bands]
+    yield "docstring", f"the bands hold {min(coverage):.0f} to {max(coverage):.0f} %"
 
 
 CHECKED = [
     mnist_eager_mlp,
     metrics_summaries,
+    gap_cats_dogs,
+    transfer_resnet50,
+    resnet_cifar10,
     double_q_cartpole,
     dueling_q_cartpole,
+    dueling_q_spaceinvaders,
     reinforce_cartpole,
     keras_pg_weighted_ce,
     bayes_mle,
@@ -130,13 +209,17 @@ def test_what_is_said_was_measured(statements):
         assert said in texts[where]
 
 
-def test_results_are_of_whole_runs_on_real_data():
-    for path in RESULTS.glob("*.json"):
-        results = json.loads(path.read_text())
-        assert path.name.startswith(results["script"])
-        assert results["script"] in SCRIPTS
+def test_each_result_is_of_a_whole_run_on_real_data_by_the_command_named():
+    table = (RESULTS / "README.md").read_text()
+    rows = re.findall(r"^\| `(\S+)`.*? \| `python (\w+)\.py (.*)` \|$", table, re.M)
+    commands = {name: (script, flags) for name, script, flags in rows}
+    found = {path: re.sub(r"seed\d", "seedN", path.name) for path in RESULTS.glob("*.json")}
+    assert set(commands) == set(found.values())
+    for path, name in found.items():
+        results, (script, flags) = json.loads(path.read_text()), commands[name]
+        seed = re.search(r"seed(\d)|$", path.name)[1]
+        args = importlib.import_module(script).parse_args(flags.replace("N", str(seed)).split())
+        assert results["script"] == script
+        assert results["config"] == vars(args)  # the folder too: nothing of the machine
         assert results["complete"]
         assert results["data"] != "synthetic"
-        assert results["config"]["logdir"] == "log"  # nothing of the machine
-        seed = re.search(r"seed(\d+)", path.name)
-        assert seed is None or results["config"]["seed"] == int(seed[1])
