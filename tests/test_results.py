@@ -134,13 +134,10 @@ def dueling_q_spaceinvaders():
     points, losses = history["reward"], history["avg loss"]
     at_random = [one for one, loss in zip(points, losses, strict=True) if loss is None]
     start, end, games = mean(at_random, 0), mean(points[-50:], 0), len(points)
-    yield (
-        "row",
-        f"from {start} points (the games at random) to {end} (the last 50) in {games} games",
-    )
-    yield "row", f"ten greedy games {final['greedy_reward']:.0f} (seed 0)"
-    text = f"the games at random give {start} points, the last 50 of {games} games {end}"
-    yield "docstring", text
+    yield "row", f"{start} points in the {len(at_random)} games at random"
+    yield "row", f"{end} in the last 50 of {games}; ten greedy games {final['greedy_reward']:.0f}"
+    yield "docstring", f"({games} games): {start} points at random, {end} in the last 50"
+    yield "docstring", f"greedily {final['greedy_reward']:.0f}"
 
 
 def reinforce_cartpole():
