@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import time
 
 import helpers
@@ -163,6 +164,10 @@ def test_control_c_within_c_code(capsys):
 def test_control_c(script, tmp_path, run_fork):
     flags = [*case(script).tiny, "--epochs", "1000"]
     run = run_fork(script, flags, tmp_path, interrupt_at=case(script).again)
+    if run.code == -signal.SIGABRT:  # rarely, from within TensorFlow's C++; not twice running
+        assert run.results["complete"] is False  # even then results.json can be read
+        (tmp_path / "again").mkdir()
+        run = run_fork(script, flags, tmp_path / "again", interrupt_at=case(script).again)
     assert run.code == 130, run.stderr
     assert helpers.error_lines(run.stderr)
     assert "Traceback" not in run.stderr

@@ -415,8 +415,8 @@ def test_device_all_trains_on_two_devices(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_claim_dense_layers_overfit(seed):
-    """Seven epochs on the real photographs: training and validation part with fc, not with gap."""
+    """Seven epochs on the real photographs: fc learns those to train by heart, gap does not."""
     final = script.main(["--arms", "fc", "gap", "--seed", str(seed)])
-    gaps = {arm: final[arm]["accuracy"] - final[arm]["val_accuracy"] for arm in final}
-    assert gaps["fc"] > 0.1
-    assert gaps["gap"] < gaps["fc"]
+    assert final["fc"]["accuracy"] > 0.95
+    assert final["fc"]["accuracy"] - final["fc"]["val_accuracy"] > 0.1
+    assert final["gap"]["accuracy"] < 0.85

@@ -259,10 +259,9 @@ def test_weights_move(smoke_run):
 
 @pytest.mark.slow
 def test_claim_rewards_climb_with_high_variance():
-    """The article's 1,500 episodes over five seeds: some reach 180, and the seeds differ widely."""
+    """The article's 1,500 episodes, five seeds: all end near 200, and on the way differ widely."""
     script.main(["--runs", "5"])
     (path,) = script.pathlib.Path("log").glob("*/*/results.json")
-    record = json.loads(path.read_text())["arms"]["reinforce"]
-    rewards = [run["final"]["reward"] for run in record["runs"]]
-    assert max(rewards) > 180
-    assert record["spread"]["reward"] > 10
+    found = json.loads(path.read_text())["arms"]["reinforce"]["runs"]
+    assert min(run["final"]["reward"] for run in found) > 150
+    assert np.std([np.mean(run["history"]["reward"][300:500]) for run in found], ddof=1) > 10
