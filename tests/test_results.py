@@ -68,12 +68,12 @@ def gap_cats_dogs():
     for arm, name in {"fc": "fc", "fc_dropout": "fc_dropout", "gap": "global pooling"}.items():
         found = [run for run in every if arm in run["arms"]]
         assert sorted(run["config"]["seed"] for run in found) == [0, 1, 2]
-        yield "row", f"{name} {photographs(found, arm)[0]}"
-        yield "docstring", f"{arm} {photographs(found, arm)[1]}"
-        if arm == "fc":
-            losses = [run["arms"]["fc"]["history"]["val_loss"] for run in found]
-            best, last = [min(loss) for loss in losses], [loss[-1] for loss in losses]
-            yield "docstring", f"from {min(best):.2f} to {min(last):.2f} and more"
+        row, docstring = photographs(found, arm)
+        yield "row", f"{name} {row}"
+        yield "docstring", f"{arm} {docstring}"
+    losses = [run["arms"]["fc"]["history"]["val_loss"] for run in every if "fc" in run["arms"]]
+    best, last = map(min, losses), (loss[-1] for loss in losses)
+    yield "docstring", f"from {min(best):.2f} to {min(last):.2f} and more"
     # the article's 2x2 pooling is its other article's small network: one run shows it
     (seed_1,) = [run for run in every if "avgpool" in run["arms"]]
     assert seed_1["arms"]["avgpool"]["final"] == small[1]["arms"]["cnn"]["final"]
@@ -136,7 +136,7 @@ def dueling_q_spaceinvaders():
     start, end, games = mean(at_random, 0), mean(points[-50:], 0), len(points)
     yield "row", f"{start} points in the {len(at_random)} games at random"
     yield "row", f"{end} in the last 50 of {games}; ten greedy games {final['greedy_reward']:.0f}"
-    yield "docstring", f"({games} games): {start} points at random, {end} in the last 50"
+    yield "docstring", f"(seed 0, {games} games): {start} points at random, {end} in the last 50"
     yield "docstring", f"greedily {final['greedy_reward']:.0f}"
 
 
