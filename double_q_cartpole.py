@@ -2,42 +2,36 @@
 
 Article: "Double Q reinforcement learning in TensorFlow 2" (Adventures in Machine Learning).
 
-Deep Q learning values the next state by the largest of several noisy estimates, which is too large
-on average. Double Q lets one network choose the best next action, and another, which follows it
-slowly, judge what that action is worth.
+Deep Q learning values the next state by the largest of several noisy estimates, and the largest of
+noisy numbers is too large on average. In Double Q learning one network chooses the best next
+action, and a second one, which follows the first slowly, says what that action is worth.
 
     python double_q_cartpole.py                           # the article's second figure
-    python double_q_cartpole.py --random-reward-std 0     # its first figure
+    python double_q_cartpole.py --random-reward-std 0     # the article's first figure
     python double_q_cartpole.py --epochs 300 --runs 5     # mean and spread of five runs
 
-Measured (300 episodes, seeds 0 to 4): deep Q's mean of 20 passes 180 at episode 99 +- 31, that of
-Double Q at 93 +- 30; from 50 to 100 they hold 131 and 146 steps. No steadier, earlier by little.
+Result: TO BE MEASURED.
 
 Differences from the article:
-1. Only `terminated` is stored as a terminal. The article also stored the time limit as one, and so
-   taught that a pole held for 200 steps is worth nothing; in 300 episodes that cost no reward.
-2. A terminal is a column of the memory, not a next state that happens to sum to zero.
-3. The memory is an array whose oldest row is overwritten; `pop(0)` moves a whole list at each step.
+1. Only a fallen pole is stored as a terminal state. The article also stored the time limit as one,
+   and so taught that a pole held for 200 steps is worth nothing.
+2. Terminal states have a column of their own; the article looked for next states that sum to zero.
+3. The memory is a set of arrays in which a new step replaces the oldest one.
 4. An episode's length counts its last step, and `avg loss` is the mean over the steps that trained.
-5. All networks, of both arms, start from the same weights.
-6. Choosing an action and training are one compiled function each, for tensors of one shape.
-Kept although unfair: deep Q has one network. So the arms differ in two things: who judges the next
-action, and that the judge of Double Q lags behind.
+5. All networks of both arms start from the same weights. Both steps are compiled.
+As in the article, the arms differ in two things: who judges, and that Double Q's judge lags behind.
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
-#     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4",
-# ]
+# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
+#     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4"]
 # ///
 
 import argparse
 import contextlib
-import importlib.metadata
-import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -45,374 +39,456 @@ import statistics
 import sys
 import time
 
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
-# --- Constants ---
 SCRIPT = "double_q_cartpole"
-PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium")
+MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
 ARTICLE = {"dqn": {"reward": 190}, "double": {"reward": 190}}  # "180-200", without noise
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
-SAMPLE_PARTS = [4, 1, 1, 4, 1]  # columns of state, action, reward, next state, terminated
-MAX_EPSILON, MIN_EPSILON, BATCH_SIZE = 1.0, 0.01, 32
-
-
-# --- Command line ---
-def build_parser():
-    """Return the parser of this script's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    first_line = str(__doc__).partition("\n")[0]
-    parser = OneLineParser(description=first_line, formatter_class=style, allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", "--episodes", type=number(int, 1), default=1000, help="episodes of each run")
-    add("--device", default="auto", help="auto, cpu, gpu or gpu:N")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
-    add("--max-steps", type=number(int, 1), help="stop after this many environment steps")
-    add("--random-reward-std", type=number(float, 0, 1000), default=1.0, help="reward's deviation")
-    add("--epsilon-decay", type=number(float, 0, 1), default=0.0005, help="LAMBDA of the article")
-    add("--gamma", type=number(float, 0, 1), default=0.95, help="discount of future rewards")
-    add("--tau", type=number(float, 0, 1), default=0.08, help="how fast the target network follows")
-    add("--runs", type=number(int, 1), default=1, help="runs of each arm, each with the next seed")
-    add("--arms", nargs="+", choices=list(ARTICLE), default=list(ARTICLE), help="agents to train")
-    add("--gif", action="store_true", help="save a greedy episode of each arm as an animation")
-    return parser
-
-
-def parse_args(argv):
-    """Parse `argv` strictly; None stands for the command line, in a notebook cell for no flags."""
-    if argv is None and "__file__" not in globals():
-        argv = []  # there sys.argv belongs to the kernel
-    return build_parser().parse_args(argv)
-
-
-# --- Shared helpers: the same text in every script that has them ---
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a bad flag in one line and exits with code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def number(kind, low, high=2**31 - 1):
-    """Return an argparse type: an int or float (`kind`) from `low` to `high`, both included."""
-
-    def number(text):  # argparse takes "invalid number value" from this name
-        if not low <= kind(text) <= high:  # nan is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def select_device(device, several=False):
-    """Let TensorFlow see only the device of --device ("all" if `several`); return its name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | {f"gpu:{i}": [gpu] for i, gpu in enumerate(gpus)}
-    choices |= {"all": gpus} if several else {}
-    chosen = choices.get("gpu:0" if device == "gpu" else device)
-    if chosen is None:
-        build_parser().error(f"argument --device: {device} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has started in this process
-        build_parser().error(f"argument --device: too late for {device}; restart Python first")
-    return ", ".join(gpu.name.removeprefix("/physical_device:") for gpu in chosen) or "CPU"
-
-
-def new_run_dir(args, data, device):
-    """Make the folder of this run, <logdir>/<script>/<time>; return it and the results so far."""
-    name = time.strftime("%Y%m%d-%H%M%S") + ("-synthetic" if data == "synthetic" else "")
-    for count in itertools.count():  # two runs may start in the same second
-        run_dir = pathlib.Path(args.logdir, SCRIPT, f"{name}-{count}" if count else name)
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            break
-    results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data, "arms": {}}
-    results["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
-    results |= {"article": {} if data == "synthetic" else ARTICLE, "complete": False}
-    write_results(run_dir, results)
-    print(f"{SCRIPT} on {data}, device {device}, writes to {run_dir}")
-    return run_dir, results
-
-
-def write_results(run_dir, results):
-    """Replace results.json in one step; keep it, and raise FloatingPointError, for nan or inf."""
-    try:
-        text = json.dumps(results, indent=1, allow_nan=False)
-    except ValueError:
-        raise FloatingPointError("the loss is not finite; try another --seed") from None
-    temporary = run_dir / "results.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, run_dir / "results.json")
-
-
-def save_figure(figure, path):
-    """Save a figure as PNG; show it too where this runs in a notebook."""
-    figure.savefig(path, dpi=100)
-    if "inline" in plt.get_backend():
-        plt.show()
-    plt.close(figure)
-
-
-def report(run_dir, results):
-    """Print the final values beside the article's, the files, and how to see the events."""
-    print(f"\n{SCRIPT} on {results['data']}, epochs: {results['config']['epochs']}")
-    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
-    for arm, record in results["arms"].items():
-        final, article = record["final"], results["article"].get(arm, {})
-        for metric in final | article:
-            values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
-            cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
-    print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
-
-
-def run_as_command(main):
-    """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
-    try:
-        return main()
-    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
-        code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
-        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
-        ours = not error.args[1:] and not hasattr(error, "op")
-        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
-    print(message, file=sys.stderr)
-    if "__file__" in globals():  # a notebook's kernel stays usable
-        sys.exit(code)
-
-
-# --- Episodes: the same text in every script that plays ---
-class EpisodeRecorder(contextlib.AbstractContextManager):
-    """Records one run of an arm, in a `with` statement: an interrupted run is written, too."""
-
-    def __init__(self, run_dir, results, arm, seed, episodes):
-        self.run_dir, self.results, self.name = run_dir, results, f"{arm}, seed {seed}"
-        self.history, self.every = {"reward": [], "avg loss": []}, max(1, episodes // 20)
-        self.run = {"seed": seed, "history": self.history, "final": {}, "seconds": 0.0}
-        new = {"history": self.history, "final": {}, "seconds": 0.0, "runs": []}
-        runs = results["arms"].setdefault(arm, new)["runs"]
-        runs.append(self.run)
-        folder = run_dir / arm / (f"seed_{seed}" if runs[1:] else "")
-        self.writer = tf.summary.create_file_writer(str(folder))
-        self.bar = keras.utils.Progbar(episodes, verbose=VERBOSE % 2, stateful_metrics=["reward"])
-        self.start = self.written = time.perf_counter()
-
-    def add(self, reward, avg_loss):
-        """Record an episode: its reward, and its mean loss or None before training."""
-        episode = len(self.history["reward"]) + 1
-        for tag, value in {"reward": reward, "avg loss": avg_loss}.items():
-            self.history[tag].append(value)
-            if value is not None:
-                with self.writer.as_default(step=episode):
-                    tf.summary.scalar(tag, value)
-        self.bar.update(episode, [("reward", reward)])
-        if VERBOSE == 2 and (episode == 1 or episode % self.every == 0):
-            print(f"{self.name}, episode {episode}: reward {reward:.0f}")
-        if time.perf_counter() - self.written > 3:
-            self.__exit__()
-
-    def __exit__(self, *error):
-        self.written = time.perf_counter()
-        self.run["seconds"] = self.written - self.start
-        self.writer.flush()
-        write_results(self.run_dir, self.results)
-
-
-def summarise(record):
-    """Make an arm's final values the means over its runs, its spread their standard deviations."""
-    finals = [run["final"] for run in record["runs"]]
-    for name, of in {"final": statistics.mean, "spread": statistics.stdev}.items():
-        if name == "final" or finals[1:]:  # a single run has no spread
-            record[name] = {key: of([final[key] for final in finals]) for key in finals[0]}
-    record["seconds"] = sum(run["seconds"] for run in record["runs"])
-
-
-def play(env, policy):
-    """Play an episode with policy(state) -> action; return its reward."""
-    (state, _), total, ended = env.reset(), 0.0, False
-    while not ended:
-        state, reward, terminated, truncated, _ = env.step(policy(state))
-        total, ended = total + reward, terminated or truncated
-    return total
-
+MAX_EPSILON = 1.0
+MIN_EPSILON = 0.01
+BATCH_SIZE = 32
+NUM_ACTIONS = 2
 
 # --- Algorithm ---
-def build_model():
-    """Return the network 4-30-30-2: states (batch, 4) to the Q values of the actions (batch, 2)."""
-    inputs = keras.Input((4,))
-    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(inputs)
-    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(x)
-    return keras.Model(inputs, keras.layers.Dense(2)(x))
+# First the bias itself, with four random numbers; then the two ways to learn from a batch of steps.
 
 
-def show_max_bias(seed, run_dir):
-    """Draw the rewards of the article's state B 10,000 times; print and plot the means.
+def show_max_bias(seed, folder):
+    """Draw the rewards of the article's state B 10,000 times; print and plot their running means.
 
-    Back to A pays 0, C and D pay N(1, 4). Double Q judges the largest of them by a second draw.
+    Ra = 0 pays for going back to A. Rc and Rd are drawn from N(1, 4). Deep Q takes the largest of
+    the three as the value of B. Double Q takes a second draw of whichever was the largest.
     """
-    count = np.arange(1, 10001)
-    draws, judges = np.random.default_rng(seed).normal(1, 4, (2, len(count), 3)) * [0, 1, 1]
-    curves = {"Rc": draws[:, 1], "Rd": draws[:, 2], "max(0, Rc, Rd): deep Q": draws.max(1)}
-    curves["the same, drawn again: Double Q"] = judges[count - 1, draws.argmax(1)]
+    draws = np.random.default_rng(seed).normal(1, 4, (2, 10000, 3)) * [0, 1, 1]
+    (Ra, Rc, Rd), judge = draws[0].T, draws[1]  # (10000,) each, and (10000, 3)
+    curves = {"Rc": Rc, "Rd": Rd, "max(Ra, Rc, Rd): deep Q": np.max([Ra, Rc, Rd], axis=0)}
+    chosen = np.argmax([Ra, Rc, Rd], axis=0)
+    curves["a second draw of the largest: Double Q"] = judge[np.arange(10000), chosen]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    count = np.arange(1, 10001)
     for label, values in curves.items():
         print(f"mean of {label}: {values.mean():.2f}")
         axes.semilogx(count, np.cumsum(values) / count, label=label)
     axes.set(xlabel="draws", ylabel="mean", title="The largest of noisy rewards is too large")
     axes.legend()
-    save_figure(figure, run_dir / "max_bias.png")
+    figure.savefig(folder / "max_bias.png")
+
+
+def build_model():
+    """Return the network 4-30-30-2: states (batch, 4) to a Q value for each action (batch, 2)."""
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(inputs)
+    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(x)
+    return keras.Model(inputs, keras.layers.Dense(NUM_ACTIONS)(x))
 
 
 class Memory:
-    """The newest `max_memory` steps, rows of one array in which a new one replaces the oldest."""
+    """The newest `max_memory` steps; once it is full, a new step replaces the oldest one."""
 
     def __init__(self, max_memory):
-        self.rows, self.added = np.zeros((max_memory, sum(SAMPLE_PARTS)), "float32"), 0
+        self.max_memory = max_memory
+        self.states = np.zeros((max_memory, 4), "float32")
+        self.actions = np.zeros(max_memory, "int32")
+        self.rewards = np.zeros(max_memory, "float32")
+        self.next_states = np.zeros((max_memory, 4), "float32")
+        self.terminals = np.zeros(max_memory, "float32")
+        self.columns = self.states, self.actions, self.rewards, self.next_states, self.terminals
+        self.added = 0
 
-    def add_sample(self, state, action, reward, next_state, terminated):
-        self.rows[self.added % len(self.rows)] = (*state, action, reward, *next_state, terminated)
+    def add_sample(self, state, action, reward, next_state, terminal):
+        i = self.added % self.max_memory
+        self.states[i] = state
+        self.actions[i] = action
+        self.rewards[i] = reward
+        self.next_states[i] = next_state
+        self.terminals[i] = terminal
         self.added += 1
 
     def sample(self, no_samples):
-        """Return rows (no_samples, 11), float32, drawn without replacement."""
-        idxs = random.sample(range(min(self.added, len(self.rows))), no_samples)
-        return self.rows[idxs]
+        """Return states, actions, rewards, next states, terminals of steps, none drawn twice."""
+        i = random.sample(range(min(self.added, self.max_memory)), no_samples)
+        return [tf.constant(column[i]) for column in self.columns]
 
 
-def choose_action(state, best_action, eps):
-    """Return a random action with probability `eps`, else the best one in a state (4,)."""
+def choose_action(state, q_values, eps):
+    """Return a random action with probability `eps`, else the one with the largest Q value."""
     if random.random() < eps:
-        return random.randrange(2)
-    return int(best_action(tf.constant(state[np.newaxis])))
+        return random.randrange(NUM_ACTIONS)
+    return int(np.argmax(q_values(tf.constant(state[np.newaxis]))))
 
 
-def q_targets(rewards, terminals, q_choosing, q_judging, gamma):
-    """Return r + gamma q_judging(s', argmax over a of q_choosing(s', a)), at a terminal r alone.
+def train(batch, primary_network, target_network, optimizer, gamma):
+    """Take a gradient step; return the loss before it and the mean of the next states' largest Q.
 
-    The q are (batch, actions), all else (batch, 1). One q in both places makes it the max over a.
+    Without a target network (None) this is deep Q learning, with one it is Double Q learning.
     """
-    prim_action_tp1 = tf.argmax(q_choosing, axis=1)
-    q_next = tf.gather(q_judging, prim_action_tp1, batch_dims=1)[:, tf.newaxis]
-    return rewards + gamma * (1 - terminals) * q_next
+    states, actions, rewards, next_states, terminals = batch
+    prim_qtp1 = primary_network(next_states)  # (batch, 2)
+    if target_network is None:
+        q_judge = prim_qtp1
+        q_next = tf.reduce_max(prim_qtp1, axis=1)  # the max that is too large
+    else:
+        prim_action_tp1 = tf.argmax(prim_qtp1, axis=1)
+        q_judge = target_network(next_states)
+        q_next = tf.gather(q_judge, prim_action_tp1, batch_dims=1)
+    target_q = rewards + gamma * (1 - terminals) * q_next  # as in 0.95 x 2 = 1.9
+    taken = tf.one_hot(actions, NUM_ACTIONS)  # the action that was not taken adds no loss
+    with tf.GradientTape() as tape:
+        error = taken * (target_q[:, tf.newaxis] - primary_network(states))
+        loss = tf.reduce_mean(tf.square(error))
+    optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
+    return loss, tf.reduce_mean(tf.reduce_max(q_judge, axis=1))
 
 
 def update_network(primary_network, target_network, tau):
-    """Move the target's weights t the share tau to the primary's e: t (1 - tau) + e tau."""
+    """Move each weight t of the target towards e of the primary network: t (1 - tau) + e tau."""
     for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
-        t.assign_add(tau * (e - t))  # in this form nothing changes where both are one network
+        t.assign_add(tau * (e - t))
 
 
-def q_learning_step(batch, primary_network, target_network, optimizer, gamma, tau):
-    """Train the primary network on rows (batch, 11) of a Memory; return the loss before that."""
-    states, actions, rewards, next_states, terminals = tf.split(batch, SAMPLE_PARTS, axis=1)
-    taken = tf.one_hot(tf.cast(actions[:, 0], tf.int32), 2)  # (batch, 2): the other adds no loss
-    with tf.GradientTape() as tape:  # states and next states in one pass: that is quicker
-        q, prim_qtp1 = tf.split(primary_network(tf.concat([states, next_states], axis=0)), 2)
-        targets = q_targets(rewards, terminals, prim_qtp1, target_network(next_states), gamma)
-        loss = tf.reduce_mean(tf.square(taken * (tf.stop_gradient(targets) - q)))
-    optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
-    update_network(primary_network, target_network, tau)
-    return loss
+def overestimation(largest_q, gamma):
+    """Return by how much the largest Q of each state of an episode exceeds the true return.
 
-
-def compile_for_shape(function, shape):
-    """Return function(tensor), compiled by XLA for float32 tensors of one shape."""
-    compiled = tf.function(function, jit_compile=True, autograph=False)
-    return compiled.get_concrete_function(tf.TensorSpec(shape))  # spares 0.1 ms of checks a call
-
-
-def moving_average(rewards):
-    """Return the mean of each of the rewards (episodes,) and of up to 19 before it."""
-    totals = np.cumsum([0] * 20 + rewards)  # (20 + episodes,)
-    return (totals[20:] - totals[:-20]) / np.minimum(np.arange(len(rewards)) + 1, 20)
+    Each step pays 1 on average, so with n steps to go the return is 1 + gamma + ... up to
+    gamma^(n - 1). Of an episode cut off at 200 steps the last 90 states are left out: their
+    returns would have gone on, and 0.95^90 is one percent.
+    """
+    steps_to_go = np.arange(len(largest_q), 0, -1)
+    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[steps_to_go - 1]
+    errors = np.array(largest_q) - returns
+    return errors[:-90] if len(errors) == 200 else errors
 
 
 # --- Training ---
-def train(arm, seed, args, run_dir, results):
-    """Train one run of an arm; record its episodes and final values; save the first run's model."""
+# One loop for both arms: act, store, learn, follow.
+
+
+def compile_agent(primary_network, target_network, args):
+    """Return the functions learn(*batch) and q_values(states), compiled for one shape each."""
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(primary_network.trainable_variables)  # before the functions are compiled
+
+    def learn(*batch):
+        results = train(batch, primary_network, target_network, optimizer, args.gamma)
+        if target_network is not None:
+            update_network(primary_network, target_network, args.tau)
+        return results
+
+    batch = [tf.TensorSpec(column.shape, column.dtype) for column in Memory(BATCH_SIZE).columns]
+    learn = tf.function(learn, jit_compile=True, autograph=False).get_concrete_function(*batch)
+    q_values = tf.function(primary_network, jit_compile=True, autograph=False)
+    return learn, q_values.get_concrete_function(tf.TensorSpec((1, 4)))
+
+
+def train_agent(arm, seed, run):
+    """Train one agent; record its episodes and final numbers; save the first one's network."""
+    args = run.args
     keras.utils.set_random_seed(seed)
     env = gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
-    memory, steps, eps = Memory(50000), 0, MAX_EPSILON
-    primary_network = build_model()
-    target_network = build_model() if arm == "double" else primary_network
-    target_network.set_weights(primary_network.get_weights())
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(primary_network.trainable_variables)  # its moments must exist before tracing
-    agent = primary_network, target_network, optimizer, args.gamma, args.tau
-    learn = compile_for_shape(lambda batch: q_learning_step(batch, *agent), (BATCH_SIZE, 11))
-    best_action = compile_for_shape(lambda s: tf.argmax(primary_network(s), axis=1)[0], (1, 4))
-    with EpisodeRecorder(run_dir, results, arm, seed, args.epochs) as recorder:
-        rewards = recorder.history["reward"]
-        while len(rewards) < args.epochs and steps != args.max_steps:
-            state, _ = env.reset(seed=None if steps else seed)
-            length, losses, ended = 0, [], False
-            while not ended:
-                action = choose_action(state, best_action, eps)
-                next_state, _, terminated, truncated, _ = env.step(action)
-                reward = np.random.normal(1.0, args.random_reward_std)
-                memory.add_sample(state, action, reward, next_state, terminated)
-                state, length, steps = next_state, length + 1, steps + 1
-                if steps >= 3 * BATCH_SIZE:
-                    losses.append(float(learn(tf.constant(memory.sample(BATCH_SIZE)))))
-                to_fall = np.exp(-args.epsilon_decay * steps)  # 1 at first, then ever nearer to 0
-                eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * to_fall
-                ended = terminated or truncated or steps == args.max_steps
-            recorder.add(length, statistics.mean(losses) if losses else None)
-    averages, policy = moving_average(rewards), lambda s: choose_action(s, best_action, eps=0)
-    recorder.run["final"] = {
-        "reward": averages[-1],
-        "episodes_to_180": int(np.argmax([*(averages > 180), True])) + 1,  # one more: never
-        "greedy_reward": statistics.mean(play(env, policy) for _ in range(10)),
-        "parameters": primary_network.count_params(),
-    }
-    summarise(results["arms"][arm])
+    memory = Memory(50000)
+    primary_network, target_network = build_model(), None
+    if arm == "double":
+        target_network = build_model()
+        target_network.set_weights(primary_network.get_weights())
+    learn, q_values = compile_agent(primary_network, target_network, args)
+    log = EpisodeLog(run, arm, seed)
+    eps, steps = MAX_EPSILON, 0
+    while log.episodes < args.epochs and steps != args.max_steps:
+        state, _ = env.reset(seed=None if steps else seed)
+        length, losses, largest_q, ended = 0, [], [], False
+        while not ended:
+            action = choose_action(state, q_values, eps)
+            next_state, _, terminated, truncated, _ = env.step(action)
+            reward = np.random.normal(1.0, args.random_reward_std)
+            memory.add_sample(state, action, reward, next_state, terminated)
+            state, length, steps = next_state, length + 1, steps + 1
+            if steps >= 3 * BATCH_SIZE:
+                loss, mean_q = learn(*memory.sample(BATCH_SIZE))
+                losses.append(float(loss))
+                largest_q.append(float(mean_q))
+            eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * math.exp(-args.epsilon_decay * steps)
+            ended = terminated or truncated or steps == args.max_steps
+        values = {"reward": [length], "avg loss": losses, "mean q": largest_q}
+        log.add(values, note=f", eps {eps:.3f}")
+    log.finish(evaluate(env, q_values, log, primary_network, args.gamma))
     if seed == args.seed:
-        primary_network.save(run_dir / f"{arm}.keras")
+        primary_network.save(run.folder / f"{arm}.keras")
         if args.gif:
-            env = gymnasium.wrappers.RenderCollection(env)
-            play(env, policy)
-            gif, *rest = map(keras.utils.array_to_img, env.render())
-            gif.save(run_dir / f"{arm}.gif", save_all=True, append_images=rest, duration=20, loop=0)
+            save_gif(env, lambda s: choose_action(s, q_values, eps=0), run.folder / f"{arm}.gif")
 
 
-# --- Plots ---
-def plot(run_dir, results):
-    """Draw the arms' reward by episode: the mean of 20 episodes, its mean and spread over runs."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, record in results["arms"].items():
-        rewards = (run["history"]["reward"] for run in record["runs"])
-        averages = np.array([*zip(*map(moving_average, rewards))])  # (episodes, runs)
-        mean, spread = averages.mean(1), averages.std(1)
-        axes.plot(mean, label={"dqn": "deep Q"}.get(arm, f"{arm.capitalize()} Q"))
-        axes.fill_between(range(len(mean)), mean - spread, mean + spread, alpha=0.2)
-    title = "CartPole, reward N(1, {random_reward_std:g}); runs: {runs}".format(**results["config"])
-    axes.set(xlabel="episode", ylabel="reward (mean of 20 episodes)", title=title)
+def evaluate(env, q_values, log, network, gamma):
+    """Play ten greedy episodes; return the final numbers of a training."""
+    rewards, errors = [], []
+    for _ in range(10):
+        largest_q = []
+
+        def policy(state, largest_q=largest_q):
+            q = q_values(tf.constant(state[np.newaxis]))[0].numpy()
+            largest_q.append(q.max())
+            return q.argmax()
+
+        rewards.append(play(env, policy))
+        errors.extend(overestimation(largest_q, gamma))
+    averages = moving_average(log.record["history"]["reward"])
+    return {
+        "reward": averages[-1].item(),
+        "episodes_to_180": int(np.argmax([*(averages > 180), True])) + 1,  # one more: never
+        "greedy_reward": statistics.mean(rewards),
+        "overestimation": np.mean(errors).item(),
+        "parameters": network.count_params(),
+    }
+
+
+# --- Figures ---
+# The article's, reward by episode; and what the article is about, the Q values beside their truth.
+
+
+def plot(run):
+    """Draw the reward and the mean Q value of each arm by episode."""
+    noise, gamma = run.args.random_reward_std, run.args.gamma
+    figure, axes = plot_episodes(run, "reward")
+    axes.set_title(f"CartPole, each step pays N(1, {noise:g})")
+    figure.savefig(run.folder / "reward.png")
+    figure, axes = plot_episodes(run, "mean q")
+    axes.axhline(1 / (1 - gamma), color="black", linestyle="--", label="most that is true")
+    axes.set_title(f"Largest Q value of the next states, each step pays N(1, {noise:g})")
     axes.legend()
-    save_figure(figure, run_dir / "reward.png")
+    figure.savefig(run.folder / "mean_q.png")
 
 
-# --- Main ---
+# --- Command line ---
+
+
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    args = parse_args(argv)
-    with contextlib.suppress(RuntimeError):  # too late once TensorFlow has started: only slower
-        tf.config.threading.set_intra_op_parallelism_threads(1)  # operations are too small for two
-    run_dir, results = new_run_dir(args, "CartPole", select_device(args.device))
-    show_max_bias(args.seed, run_dir)
-    for arm, run in itertools.product(args.arms, range(args.runs)):
-        train(arm, args.seed + run, args, run_dir, results)
-    plot(run_dir, results)
-    results["complete"] = True
-    write_results(run_dir, results)
-    report(run_dir, results)
-    return {arm: record["final"] for arm, record in results["arms"].items()}
+    parser = make_parser("--epochs", "--episodes", default=1000)
+    add = parser.add_argument
+    add("--max-steps", type=int, help="end a training after this many environment steps")
+    add("--random-reward-std", type=float, default=1.0, help="standard deviation of a reward")
+    add("--epsilon-decay", type=float, default=0.0005, help="LAMBDA of the article")
+    add("--gamma", type=float, default=0.95, help="discount of the reward of the next step")
+    add("--tau", type=float, default=0.08, help="how fast the target network follows")
+    add("--runs", type=int, default=1, help="trainings of each arm, with seeds that follow")
+    add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="agents to train")
+    add("--gif", action="store_true", help="save an episode of each arm as an animation")
+    with Run(parse_flags(parser, argv), "CartPole") as run:
+        with contextlib.suppress(RuntimeError):  # too late in a process that has trained before
+            tf.config.threading.set_intra_op_parallelism_threads(1)  # two would wait for each other
+        show_max_bias(run.args.seed, run.folder)
+        for arm in dict.fromkeys(run.args.arms):  # each of them once
+            for seed in range(run.args.seed, run.args.seed + run.args.runs):
+                train_agent(arm, seed, run)
+        plot(run)
+        return run.report()
+
+
+# --- Frame: flags, faults, folder and results; the same text in every script ---
+
+
+def make_parser(*names, default):
+    """Return a parser with the flags of every script; `names` are those of the first one."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
+    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
+    return parser
+
+
+def parse_flags(parser, argv):
+    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
+        argv = []
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
+        if type(value) in (int, float) and not lowest <= value < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+    return args
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        fail(2, f"error: argument --device: too late for {name}; restart Python first")
+    return ", ".join(gpu.name for gpu in chosen) or "CPU"
+
+
+def fail(code, line):
+    """End the run with one line on stderr and an exit code."""
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+class Run:
+    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+
+    def __init__(self, args, data, several=False, results=None):
+        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+            sys.stdout.reconfigure(line_buffering=True)
+        if "://" in args.logdir:
+            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
+        self.args, device = args, select_device(args.device, several)
+        if results:
+            self.folder = pathlib.Path(args.resume)
+        else:
+            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+            while self.folder.exists():  # two runs may start in one second
+                self.folder = self.folder.with_name(f"{self.folder.name}-2")
+            versions = {module.__name__: module.__version__ for module in MODULES}
+            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
+            results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results = results | {"config": vars(args), "device": device, "complete": False}
+        with self:  # this writes results.json
+            self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, OSError):
+            fail(1, f"error: {kind.__name__}: {error}")
+        self.write()
+        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
+            fail(130, f"interrupted; what was finished is in {self.folder}")
+
+    def write(self):
+        """Replace results.json in one step, unless a number in it is not finite."""
+        try:
+            text = json.dumps(self.results, indent=1, allow_nan=False)
+        except ValueError:
+            fail(1, "error: a loss or a metric is not finite; try another --seed")
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / "results.json")
+
+    def report(self):
+        """Print the results beside the article's and how to go on; return the final numbers."""
+        self.results["complete"] = True
+        self.write()
+        print(f"\n{'arm':<16}{'metric':<24}{'here':>14}{'article':>14}{'spread':>14}")
+        for arm, record in self.results["arms"].items():
+            columns = (
+                record["final"],
+                self.results["article"].get(arm, {}),
+                record.get("spread", {}),
+            )
+            for metric in record["final"]:
+                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
+                print("{:<16}{:<24}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+        for path in sorted(self.folder.glob("*.*")):
+            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
+        print(f'tensorboard --logdir "{self.folder}"')
+        return {arm: record["final"] for arm, record in self.results["arms"].items()}
+
+
+# --- Frame, episodes: the same text in every CartPole script ---
+
+
+class EpisodeLog:
+    """Keeps the episodes of one training, in results.json, in TensorBoard and on the screen."""
+
+    def __init__(self, run, arm, seed):
+        self.run, self.name, self.episodes = run, f"{arm}, seed {seed}", 0
+        self.record = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
+        new = {"history": self.record["history"], "final": {}, "seconds": 0.0, "runs": []}
+        self.arm = run.results["arms"].setdefault(arm, new)
+        self.arm["runs"].append(self.record)
+        self.writer = tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
+        self.start = self.written = time.perf_counter()
+
+    def add(self, values, note=""):
+        """Record an episode, {tag: list of numbers}: their mean, or None where there are none."""
+        self.episodes += 1
+        means = {tag: statistics.mean(v) if v else None for tag, v in values.items()}
+        with self.writer.as_default(step=self.episodes):
+            for tag, mean in means.items():
+                self.record["history"].setdefault(tag, []).append(mean)
+                if mean is not None:
+                    tf.summary.scalar(tag, mean)
+        if self.episodes % max(1, self.run.args.epochs // 20) == 0:
+            line = ", ".join(f"{tag} {mean:.4g}" for tag, mean in means.items() if values[tag])
+            print(f"{self.name}, episode {self.episodes}: {line}{note}")
+        now = time.perf_counter()
+        self.record["seconds"] = now - self.start
+        if now - self.written > 3:
+            self.run.write()
+            self.written = now
+
+    def finish(self, final):
+        """Record the final numbers of this training; the arm's are the means over its runs."""
+        self.record["final"] = final
+        runs = self.arm["runs"]
+        self.arm["seconds"] = sum(run["seconds"] for run in runs)
+        for metric in final:
+            values = [run["final"][metric] for run in runs]
+            self.arm["final"][metric] = statistics.mean(values)
+            if len(runs) > 1:
+                self.arm.setdefault("spread", {})[metric] = statistics.stdev(values)
+        self.run.write()
+
+
+def play(env, policy):
+    """Play an episode with policy(state) -> action; return the sum of its rewards."""
+    (state, _), total, ended = env.reset(), 0.0, False
+    while not ended:
+        state, reward, terminated, truncated, _ = env.step(policy(state))
+        total += reward
+        ended = terminated or truncated
+    return total
+
+
+def save_gif(env, policy, path):
+    """Play an episode and save it as an animation."""
+    env = gymnasium.wrappers.RenderCollection(env)
+    play(env, policy)
+    first, *others = [keras.utils.array_to_img(picture) for picture in env.render()]
+    first.save(path, save_all=True, append_images=others, duration=20, loop=0)
+
+
+def moving_average(values):
+    """Return the mean of each value and of up to 19 before it; None is not a number."""
+    values = np.array(values, "float64")
+    return np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
+
+
+def plot_episodes(run, metric):
+    """Return a figure and its axes: a metric of each arm, its mean and spread over the runs."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm, record in run.results["arms"].items():
+        histories = [training["history"][metric] for training in record["runs"]]
+        length = min(len(history) for history in histories)
+        averages = np.array([moving_average(history[:length]) for history in histories])
+        mean, spread = averages.mean(axis=0), averages.std(axis=0)  # (length,)
+        axes.plot(mean, label=arm)
+        axes.fill_between(range(length), mean - spread, mean + spread, alpha=0.2)
+    axes.set(xlabel="episode", ylabel=f"{metric} (mean of 20 episodes)")
+    axes.legend()
+    return figure, axes
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    main()
