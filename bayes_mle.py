@@ -2,242 +2,78 @@
 
 Article: "Bayes Theorem, maximum likelihood estimation and TensorFlow Probability".
 
-Bayes' theorem turns what was believed before the data into what is believed after. Without a prior
-belief, the parameters under which the data are most likely are the best. A network that ends in a
-distribution finds them by descent on the negative log likelihood (NLL): of a line, then of a line
-and its growing noise.
+Bayes' theorem turns what was believed before the data into what is believed after them. Without any
+belief before, the best parameters are those that make the data most likely. A network whose output
+is a distribution finds them by gradient descent on the negative log likelihood (NLL): first those
+of a line, then those of a line and of its growing noise.
 
     python bayes_mle.py                # the article's fits, beside closed forms and the truth
     python bayes_mle.py --converge     # goes on until the maximum is reached
 
-Measured (seeds 0 to 4): the first fit misses least squares by up to 0.07 in slope and 0.21 in
-intercept; the second its maximum by 0.05, 0.004, 1.0, 4.8 and 0.002 NLL a point, so that its band
-holds 92, 95, 61, 42 and 95 % of the points. `--converge` reaches both to 0.001; the bands hold
-95 to 98 %. Ten seconds on two cores, fifteen with `--converge`.
+Result (seeds 0 to 4): the first fit misses least squares by up to 0.07 in slope and 0.21 in
+intercept. The second misses its maximum by 0.05, 0.004, 1.0, 4.8 and 0.002 NLL a point, so its band
+holds 92, 95, 61, 42 and 95 % of the points. `--converge` reaches both to 0.001 (95 to 98 %).
 
 Differences from the article:
-1. Everything is a column (N, 1). Today's Keras refuses an x of shape (N,); with a column y the
-   article's `loc=x[:, 0]` broadcasts to (N, N) without an error: each y is compared with every
-   mean, and the line comes out too flat (slopes 0.51, 0.13 and 1.44 for seeds 0 to 2).
+1. Everything is a column (N, 1). If y is one and the mean is `loc=x[:, 0]`, as in the article, each
+   y is compared with every mean, without an error, and the line is too flat (0.51 for seed 0).
 2. tf_keras instead of Keras 3, whose models TensorFlow Probability's layers reject.
-3. Scale is the standard deviation; the article calls sigma, and what grows, the variance.
-4. Data come from a seed and can be drawn again; the article's `noise` overwrites its own function.
-5. The prior moves in closed form, the estimates stand beside least squares, the truth and
-   (`--converge`) the maximum, the points in the band are counted. The article shows pictures.
-Kept: batches of 32, the last of 4 counting as much; a scale of 1, although the noise has 3.
+3. What grows is the standard deviation, and so is sigma; the article calls both the variance.
+4. The data come from a seed. The article's array `noise` takes the name of its own function.
+5. The prior moves by a formula, and the fits stand beside least squares and the truth.
 """
 
 # /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "tensorflow>=2.20,<3", "tf-keras>=2.20,<3", "tensorflow-probability>=0.25,<1",
-#     "tensorboard>=2.20,<3", "numpy>=2,<3", "matplotlib>=3.9,<4",
-# ]
+# requires-python = ">=3.10,<3.14"
+# dependencies = ["tensorflow>=2.20,<3", "tf-keras>=2.20,<3", "tensorflow-probability>=0.25,<1",
+#     "tensorboard>=2.20,<3", "numpy>=2,<3", "matplotlib>=3.9,<4"]
 # ///
 
 import argparse
-import contextlib
-import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
 import sys
 import time
 
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
-import tf_keras
 
-# --- Constants ---
-
-SCRIPT = "bayes_mle"
-PACKAGES = ("tensorflow", "tf-keras", "tensorflow-probability", "numpy")
-GRAD, INTERCEPT = 2.0, 3.0  # of the line from which the data are drawn
-TRUTH = {"slope": GRAD, "intercept": INTERCEPT}  # the article gives no estimates of its own
-ARTICLE = {"constant_noise": TRUTH, "growing_noise": TRUTH}
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
-PRIOR_MEAN = 130.0  # cm, the teacher's guess of the mean height; the other heights are ours
-PRIOR_STDDEV, CLASS_MEAN, CLASS_STDDEV, PUPILS = 10.0, 142.0, 8.0, 30
-RAIN, RAIN_AFTER_RAIN = 0.1, 0.3  # P(RT=1) and P(RT=1 | RY=1)
-LEARNING_RATE, LAST_LEARNING_RATE = 0.05, 0.2  # of the article's fit; where --converge begins
+try:
+    import tf_keras as keras  # noqa: I001 - first: without it, the next one fails with a page
+    import tensorflow_probability as tfp
+except ImportError as error:
+    sys.exit(f"error: {error}; install tensorflow-probability and tf-keras on Python 3.10 to 3.13")
 tfd = tfp.distributions
 
-# --- Command line ---
-
-
-def build_parser():
-    """Return the parser of this script's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    first_line = str(__doc__).partition("\n")[0]
-    parser = OneLineParser(description=first_line, formatter_class=style, allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=500, help="of the first fit; twice that next")
-    add("--device", default="auto", help="auto, cpu, gpu or gpu:N")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
-    add("--samples", type=number(int, 3, 10**6), default=100, help="points of each data set")
-    add("--noise", type=number(float, 0.1, 1e3), default=3.0, help="spread of the first data set")
-    add("--converge", action="store_true", help="then fit on, until the maximum is reached")
-    return parser
-
-
-def parse_args(argv):
-    """Parse `argv` strictly; None stands for the command line, in a notebook cell for no flags."""
-    if argv is None and "__file__" not in globals():
-        argv = []  # there sys.argv belongs to the kernel
-    return build_parser().parse_args(argv)
-
-
-# --- Shared helpers: the same text in every script that has them ---
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a bad flag in one line and exits with code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def number(kind, low, high=2**31 - 1):
-    """Return an argparse type: an int or float (`kind`) from `low` to `high`, both included."""
-
-    def number(text):  # argparse takes "invalid number value" from this name
-        if not low <= kind(text) <= high:  # nan is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def select_device(device, several=False):
-    """Let TensorFlow see only the device of --device ("all" if `several`); return its name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | {f"gpu:{i}": [gpu] for i, gpu in enumerate(gpus)}
-    choices |= {"all": gpus} if several else {}
-    chosen = choices.get("gpu:0" if device == "gpu" else device)
-    if chosen is None:
-        build_parser().error(f"argument --device: {device} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has started in this process
-        build_parser().error(f"argument --device: too late for {device}; restart Python first")
-    return ", ".join(gpu.name.removeprefix("/physical_device:") for gpu in chosen) or "CPU"
-
-
-def new_run_dir(args, data, device):
-    """Make the folder of this run, <logdir>/<script>/<time>; return it and the results so far."""
-    name = time.strftime("%Y%m%d-%H%M%S") + ("-synthetic" if data == "synthetic" else "")
-    for count in itertools.count():  # two runs may start in the same second
-        run_dir = pathlib.Path(args.logdir, SCRIPT, f"{name}-{count}" if count else name)
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            break
-    results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data, "arms": {}}
-    results["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
-    results |= {"article": {} if data == "synthetic" else ARTICLE, "complete": False}
-    write_results(run_dir, results)
-    print(f"{SCRIPT} on {data}, device {device}, writes to {run_dir}")
-    return run_dir, results
-
-
-def write_results(run_dir, results):
-    """Replace results.json in one step; keep it, and raise FloatingPointError, for nan or inf."""
-    try:
-        text = json.dumps(results, indent=1, allow_nan=False)
-    except ValueError:
-        raise FloatingPointError("the loss is not finite; try another --seed") from None
-    temporary = run_dir / "results.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, run_dir / "results.json")
-
-
-def save_figure(figure, path):
-    """Save a figure as PNG; show it too where this runs in a notebook."""
-    figure.savefig(path, dpi=100)
-    if "inline" in plt.get_backend():
-        plt.show()
-    plt.close(figure)
-
-
-def report(run_dir, results):
-    """Print the final values beside the article's, the files, and how to see the events."""
-    print(f"\n{SCRIPT} on {results['data']}, epochs: {results['config']['epochs']}")
-    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
-    for arm, record in results["arms"].items():
-        final, article = record["final"], results["article"].get(arm, {})
-        for metric in final | article:
-            values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
-            cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
-    print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
-
-
-def run_as_command(main):
-    """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
-    try:
-        return main()
-    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
-        code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
-        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
-        ours = not error.args[1:] and not hasattr(error, "op")
-        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
-    print(message, file=sys.stderr)
-    if "__file__" in globals():  # a notebook's kernel stays usable
-        sys.exit(code)
-
-
-# --- Data ---
-
-
-def load_data(arm, samples, noise, seed):
-    """Return x, y and the true standard deviation of y at x, each (samples, 1) float32.
-
-    y = 2 x + 3 + N(0, noise); in the arm "growing_noise" the same draws, stretched to 0.5 x + 2.
-    """
-    x = np.arange(samples)[:, np.newaxis] * 10.0 / samples  # (N, 1) from here on
-    stddev = np.full_like(x, noise) if arm == "constant_noise" else (0.5 * x + 2.0) * noise / 3.0
-    y = GRAD * x + INTERCEPT + np.random.default_rng(seed).normal(0, stddev)
-    return np.float32(x), np.float32(y), np.float32(stddev)
-
-
-# --- Model ---
-
-
-def build_model(arm):
-    """Return the network of an arm: x (N, 1) to N Normals, whose loc and scale are (N, 1), as y."""
-
-    def normal(t):
-        if arm == "constant_noise":
-            return tfd.Normal(loc=t, scale=1)
-        return tfd.Normal(loc=t[:, :1], scale=1e-3 + tf.math.softplus(0.3 * t[:, 1:]))
-
-    dense = tf_keras.layers.Dense(1 if arm == "constant_noise" else 2)
-    return tf_keras.Sequential([tf_keras.Input((1,)), dense, tfp.layers.DistributionLambda(normal)])
-
+SCRIPT = "bayes_mle"
+MODULES = (tf, keras, tfp, np)  # results.json names their versions
+GRAD = 2.0
+INTERCEPT = 3.0
+TRUTH = {"slope": GRAD, "intercept": INTERCEPT}
+ARTICLE = {"constant_noise": TRUTH, "growing_noise": TRUTH}  # it prints no estimates
+RAIN = 0.1  # P(RT=1), rain today
+RAIN_AFTER_RAIN = 0.3  # P(RT=1 | RY=1), rain today after rain yesterday
+PRIOR_MEAN = 130.0  # cm, the teacher's guess of the mean height; the other heights are ours
+PRIOR_STDDEV = 10.0
+CLASS_MEAN = 142.0
+CLASS_STDDEV = 8.0
+PUPILS = 30
 
 # --- Algorithm ---
+# The theorem, a prior that moves to the evidence, and the likelihood that the networks maximise.
 
 
 def bayes_theorem(likelihood, prior, evidence):
-    """Return P(theta | D) = P(D | theta) P(theta) / P(D)."""
+    """Return the posterior P(theta | D) = P(D | theta) P(theta) / P(D)."""
     return likelihood * prior / evidence
 
 
-def posterior_of_mean(heights, prior_mean, prior_stddev, stddev):
-    """Return mean and standard deviation, in cm, of what `heights` (n,) leave of a mean's prior."""
-    # Precisions, 1 / variance, add up, and weight the means.
-    precision = 1 / prior_stddev**2 + len(heights) / stddev**2
-    mean = (prior_mean / prior_stddev**2 + np.sum(heights) / stddev**2) / precision
-    return mean, precision**-0.5
-
-
 def normal_log_likelihood(x, mu, sigma):
-    """Return log p(x) under N(mu, sigma), sigma being the standard deviation."""
+    """Return log p(x) under N(mu, sigma); sigma is the standard deviation."""
     return -np.log(sigma) - 0.5 * np.log(2 * np.pi) - 0.5 * ((x - mu) / sigma) ** 2
 
 
@@ -246,26 +82,8 @@ def neg_log_likelihood(y_actual, y_predict):
     return -y_predict.log_prob(y_actual)
 
 
-def least_squares(x, y):
-    """Return slope and intercept of the maximum likelihood under constant noise, in closed form."""
-    x, y = np.float64(x), np.float64(y)
-    slope = np.sum((x - x.mean()) * (y - y.mean())) / np.sum((x - x.mean()) ** 2)
-    return slope, y.mean() - slope * x.mean()
-
-
-def describe(x, y, distribution):
-    """Return {name: number} of a distribution for each x (N, 1): line, band, mean NLL of y."""
-    mean, stddev = distribution.mean().numpy(), distribution.stddev().numpy()  # (N, 1) each
-    slope = (mean[-1, 0] - mean[0, 0]) / (x[-1, 0] - x[0, 0])
-    numbers = {"slope": slope, "intercept": mean[0, 0] - slope * x[0, 0]}
-    numbers |= {"first_stddev": stddev[0, 0], "last_stddev": stddev[-1, 0]}
-    numbers["nll"] = np.mean(neg_log_likelihood(y, distribution))
-    numbers["coverage"] = np.mean(np.abs(y - mean) <= 2 * stddev)
-    return {name: float(value) for name, value in numbers.items()}
-
-
 def show_probabilities():
-    """Print the article's numbers: rain after rain, and a log likelihood."""
+    """Print the article's worked numbers: rain after rain, and a log likelihood."""
     after_dry = (RAIN - RAIN_AFTER_RAIN * RAIN) / (1 - RAIN)  # so that one day in ten is wet
     print(f"P(RT=1) = {RAIN}, P(RT=1 | RY=1) = {RAIN_AFTER_RAIN}, P(RT=1 | RY=0) = {after_dry:.4f}")
     print(f"P(RY=1 | RT=1) = {bayes_theorem(RAIN_AFTER_RAIN, RAIN, RAIN):.4f}, by Bayes' theorem")
@@ -273,147 +91,356 @@ def show_probabilities():
     print(f"log p(8) under N(10, 1): {by_hand:.4f} by the formula, {by_tfp:.4f} by log_prob")
 
 
-# --- Training ---
+def posterior_of_mean(heights, prior_mean, prior_stddev, stddev):
+    """Return mean and standard deviation, in cm, of the belief about a mean after `heights` (n,).
+
+    Each height is known to spread by `stddev`. Precisions, 1 / variance, add up and weight means.
+    """
+    precision = 1 / prior_stddev**2 + len(heights) / stddev**2
+    mean = (prior_mean / prior_stddev**2 + np.sum(heights) / stddev**2) / precision
+    return mean, precision**-0.5
 
 
-class Progress(tf_keras.callbacks.Callback):
-    """Shows a fit's progress; keeps each epoch's loss, for TensorBoard too, and saves at times."""
-
-    def __init__(self, label, losses, save):
-        super().__init__()
-        self.label, self.losses, self.save = label, losses, save
-
-    def on_train_begin(self, logs=None):
-        print(f"{self.label}: {self.params['epochs']} epochs")
-        self.progress = tf_keras.utils.Progbar(self.params["epochs"], verbose=VERBOSE % 2)
-        self.saved = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.losses.append(float(logs["loss"]))
-        tf.summary.scalar("loss", logs["loss"], step=epoch)
-        self.progress.update(epoch + 1)
-        if VERBOSE == 2 and (epoch + 1) % max(1, self.params["epochs"] // 5) == 0:
-            print(f"Epoch {epoch + 1}: loss {logs['loss']:.4f}")
-        if time.perf_counter() - self.saved > 2:
-            self.save()
-            self.saved = time.perf_counter()
-
-
-def update_prior(args, run_dir, results):
-    """Move the prior to the posterior, pupil by pupil; return [(mean, stddev)], the prior first."""
+def update_prior(run):
+    """Move the prior to the posterior, pupil by pupil; return each mean and standard deviation."""
     start = time.perf_counter()
-    heights = np.random.default_rng(args.seed).normal(CLASS_MEAN, CLASS_STDDEV, PUPILS)
-    prior = (PRIOR_MEAN, PRIOR_STDDEV, CLASS_STDDEV)  # the spread of the class is taken as known
-    curves = [posterior_of_mean(heights[:count], *prior) for count in range(PUPILS + 1)]
-    means, stddevs = np.transpose(curves[1:]).tolist()
-    with tf.summary.create_file_writer(str(run_dir / "prior")).as_default():
-        for count, mean in enumerate(means, 1):
-            tf.summary.scalar("mean", mean, step=count)
-    record = {"history": {"mean": means, "stddev": stddevs}}
-    record["final"] = {"mean": means[-1], "stddev": stddevs[-1]}
-    results["arms"]["prior"] = record | {"seconds": time.perf_counter() - start}
-    write_results(run_dir, results)
+    heights = np.random.default_rng(run.args.seed).normal(CLASS_MEAN, CLASS_STDDEV, PUPILS)
+    beliefs = [(PRIOR_MEAN, PRIOR_STDDEV)]
+    with tf.summary.create_file_writer(str(run.folder / "prior")).as_default():
+        for count in range(1, PUPILS + 1):
+            beliefs.append(posterior_of_mean(heights[:count], *beliefs[0], CLASS_STDDEV))
+            tf.summary.scalar("mean", beliefs[-1][0], step=count)
+    means, stddevs = np.transpose(beliefs[1:]).tolist()
     print(f"heights: {PRIOR_MEAN} cm before, {means[-1]:.1f} cm after {PUPILS} pupils")
-    return curves
+    run.results["arms"]["prior"] = {
+        "history": {"mean": means, "stddev": stddevs},
+        "final": {"mean": means[-1], "stddev": stddevs[-1]},
+        "seconds": time.perf_counter() - start,
+    }
+    return beliefs
 
 
-def train(arm, args, run_dir, results):
-    """Fit one arm, save its weights; return x, y and {name: distribution at x} to compare."""
-    tf_keras.utils.set_random_seed(args.seed)
-    x, y, stddev = load_data(arm, args.samples, args.noise, args.seed)
-    model, losses = build_model(arm), []
-    epochs = args.epochs * (2 if arm == "growing_noise" else 1)
-    record = results["arms"][arm] = {"history": {"loss": losses}, "final": {}, "seconds": 0.0}
-    at_one = model(np.array([[1.0]]))  # a distribution, of which more can be asked than a value
-    asked = {"mean": at_one.mean(), "stddev": at_one.stddev(), "samples": at_one.sample(5)}
-    told = (f"{name} {np.round(np.ravel(value), 2)}" for name, value in asked.items())
-    print(f"{arm}, untrained, at x = 1:", *told)
-    start = time.perf_counter()
-    model.compile(optimizer=tf_keras.optimizers.Adam(LEARNING_RATE), loss=neg_log_likelihood)
-    with tf.summary.create_file_writer(str(run_dir / arm)).as_default():
-        progress = Progress(arm, losses, lambda: write_results(run_dir, results))
-        if epochs:  # tf_keras refuses none
-            model.fit(x, y, epochs=epochs, verbose=0, callbacks=[progress])
-    model.save_weights(str(run_dir / f"{arm}.weights.h5"))
-    found = {"fit": model(x)}
-    if args.converge and epochs:
-        # All points in each step, a step size that falls to zero, and a new Adam: the old one still
-        # divides by the first gradients, which are huge where the scale starts out too small.
-        rate = tf_keras.optimizers.schedules.CosineDecay(LAST_LEARNING_RATE, 2 * epochs)
-        model.compile(optimizer=tf_keras.optimizers.Adam(rate), loss=neg_log_likelihood)
-        progress = Progress(f"{arm}, converging", [], lambda: None)
-        model.fit(x, y, len(x), epochs=2 * epochs, verbose=0, callbacks=[progress])
-        found["converged"] = model(x)
+# --- Data ---
+# Points around the line 2 x + 3, whose noise is the same everywhere, or grows with x.
+
+
+def load_data(arm, samples, spread, seed):
+    """Return x_range, lin_reg and the standard deviation of its noise, each (samples, 1) float32.
+
+    The noise of both arms is the same numbers, multiplied by `spread` or by what grows with x.
+    """
+    x_range = np.arange(samples)[:, np.newaxis] * 10.0 / samples  # 0, 0.1, ... 9.9
     if arm == "constant_noise":
-        slope, intercept = least_squares(x, y)
-        found["least squares"] = tfd.Normal(np.float32(slope * x + intercept), scale=1)
-    found["truth"] = tfd.Normal(GRAD * x + INTERCEPT, stddev)
+        stddev = np.full_like(x_range, spread)
+    else:
+        stddev = (0.5 * x_range + 2.0) * spread / 3.0  # with the default: 0.5 x + 2
+    noise = np.random.default_rng(seed).normal(0, stddev)
+    lin_reg = x_range * GRAD + INTERCEPT + noise
+    return np.float32(x_range), np.float32(lin_reg), np.float32(stddev)
+
+
+def least_squares(x_range, lin_reg):
+    """Return slope and intercept of the maximum likelihood under constant noise, in closed form."""
+    x, y = np.float64(x_range), np.float64(lin_reg)
+    slope = np.sum((x - x.mean()) * (y - y.mean())) / np.sum((x - x.mean()) ** 2)
+    return slope, y.mean() - slope * x.mean()
+
+
+# --- Model ---
+# The article's two: one node for a mean, then a second one for the standard deviation.
+
+
+def constant_noise_model():
+    """Return the network from x (N, 1) to N Normals: a line x W + b of means, and a scale of 1."""
+
+    def normal(x):
+        return tfd.Normal(loc=x, scale=1)
+
+    dense = keras.layers.Dense(1)
+    return keras.Sequential([keras.Input((1,)), dense, tfp.layers.DistributionLambda(normal)])
+
+
+def growing_noise_model():
+    """Return the network from x (N, 1) to N Normals: two lines, of the means and of the scales.
+
+    `x[:, :1]` is a column. With `x[:, 0]`, shape (N,), a column of N values gives (N, N) errors.
+    """
+
+    def normal(x):
+        return tfd.Normal(loc=x[:, :1], scale=1e-3 + tf.math.softplus(0.3 * x[:, 1:]))
+
+    dense = keras.layers.Dense(2)
+    return keras.Sequential([keras.Input((1,)), dense, tfp.layers.DistributionLambda(normal)])
+
+
+MODELS = {"constant_noise": constant_noise_model, "growing_noise": growing_noise_model}
+
+# --- Training ---
+# As in the article: Adam with a rate of 0.05, batches of 32, 500 and 1,000 epochs.
+
+
+def fit(arm, model, x_range, lin_reg, run):
+    """Fit the model as the article does; record the loss of each epoch."""
+    epochs = run.args.epochs * (2 if arm == "growing_noise" else 1)
+    losses = run.results["arms"][arm]["history"]["loss"]
+
+    def record(epoch, logs):
+        losses.append(float(logs["loss"]))
+        tf.summary.scalar("loss", logs["loss"], step=epoch)
+        if (epoch + 1) % max(1, epochs // 5) == 0:
+            print(f"{arm}, epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}")
+            run.write()
+
+    model.compile(optimizer=keras.optimizers.Adam(learning_rate=0.05), loss=neg_log_likelihood)
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=record)
+    with tf.summary.create_file_writer(str(run.folder / arm)).as_default():
+        model.fit(x_range, lin_reg, epochs=epochs, verbose=False, callbacks=[callback])
+
+
+def converge(model, x_range, lin_reg, epochs):
+    """Go on to the maximum: all points in each step, and a step size that falls to zero.
+
+    Adam begins anew. The old one still divides by its first gradients, which are huge where the
+    scale starts out too small.
+    """
+    print(f"going on for {epochs} epochs, to the maximum")
+    rate = keras.optimizers.schedules.CosineDecay(0.2, epochs)
+    model.compile(optimizer=keras.optimizers.Adam(rate), loss=neg_log_likelihood)
+    model.fit(x_range, lin_reg, batch_size=len(x_range), epochs=epochs, verbose=False)
+
+
+def describe(x_range, lin_reg, yhat):
+    """Return what distributions (N, 1) say of the points: line, band, mean NLL, share in band."""
+    mean, stddev = yhat.mean().numpy(), yhat.stddev().numpy()  # (N, 1) each
+    slope = (mean[-1, 0] - mean[0, 0]) / (x_range[-1, 0] - x_range[0, 0])
+    numbers = {
+        "slope": slope,
+        "intercept": mean[0, 0] - slope * x_range[0, 0],
+        "first_stddev": stddev[0, 0],
+        "last_stddev": stddev[-1, 0],
+        "nll": np.mean(neg_log_likelihood(lin_reg, yhat)),
+        "coverage": np.mean(np.abs(lin_reg - mean) <= 2 * stddev),
+    }
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def train(arm, run):
+    """Fit an arm and save its weights; return x_range, lin_reg and {name: distributions there}."""
+    args, start = run.args, time.perf_counter()
+    keras.utils.set_random_seed(args.seed)
+    x_range, lin_reg, stddev = load_data(arm, args.samples, args.noise, args.seed)
+    record = run.results["arms"][arm] = {"history": {"loss": []}, "final": {}, "seconds": 0.0}
+    model = MODELS[arm]()
+    output = model(np.array([[1.0]]))  # a distribution, of which more can be asked than a value
+    print(f"{arm}, untrained, at x = 1: mean {output.mean()[0, 0]:.2f},", end=" ")
+    print(f"stddev {output.stddev()[0, 0]:.2f}, samples {np.ravel(output.sample(10)).round(2)}")
+    fit(arm, model, x_range, lin_reg, run)
+    model.save_weights(run.folder / f"{arm}.weights.h5")
+    outputs = {"fit": model(x_range)}
+    if args.converge:
+        converge(model, x_range, lin_reg, 2 * len(record["history"]["loss"]))
+        outputs["converged"] = model(x_range)
+    if arm == "constant_noise":
+        slope, intercept = least_squares(x_range, lin_reg)
+        outputs["least squares"] = tfd.Normal(np.float32(slope * x_range + intercept), scale=1)
+    outputs["truth"] = tfd.Normal(x_range * GRAD + INTERCEPT, stddev)
     record["seconds"] = time.perf_counter() - start
-    record["estimates"] = {name: describe(x, y, known) for name, known in found.items()}
+    record["estimates"] = {name: describe(x_range, lin_reg, y) for name, y in outputs.items()}
     record["final"] = record["estimates"]["fit"] | {"parameters": model.count_params()}
-    write_results(run_dir, results)
-    return x, y, found
+    return x_range, lin_reg, outputs
+
+
+# --- Figures ---
+# The article's: the prior on its way, and for each model the data and the line that was fitted.
+
+
+def plot_prior(run, beliefs):
+    """Draw the density of the class's mean height, before and after some of the pupils."""
+    heights = np.linspace(100, 160, 601)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for count in (0, 1, 3, 10, PUPILS):
+        density = np.exp(normal_log_likelihood(heights, *beliefs[count]))
+        axes.plot(heights, density, label=f"posterior, n = {count}" if count else "prior")
+    axes.axvline(CLASS_MEAN, color="black", linestyle=":", label="ground truth")
+    axes.set(xlabel="mean height (cm)", ylabel="density", title="The prior moves to the evidence")
+    axes.legend(loc="upper left")
+    figure.savefig(run.folder / "prior.png")
+
+
+def plot(run, arm, x_range, lin_reg, outputs):
+    """Draw the data of an arm; then draw into them what the fit makes of them, and the truth."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.scatter(x_range, lin_reg, s=12, color="gray", label="data")
+    axes.set(xlabel="x", ylabel="y", title=arm.replace("_", " "))
+    axes.legend(loc="upper left")
+    figure.savefig(run.folder / f"{arm}_data.png")
+    x = x_range[:, 0]
+    for name, label in {"fit": "predicted", "converged": "converged"}.items():
+        if name in outputs:
+            mean, stddev = outputs[name].mean()[:, 0], outputs[name].stddev()[:, 0]
+            axes.plot(x, mean, label=label)
+            if arm == "growing_noise":
+                upper, lower = mean + 2 * stddev, mean - 2 * stddev
+                band = f"{label}, two standard deviations"
+                axes.fill_between(x, lower, upper, alpha=0.15, label=band)
+    axes.plot(x, x * GRAD + INTERCEPT, "--", label="ground truth")
+    axes.legend(loc="upper left")
+    figure.savefig(run.folder / f"{arm}_fit.png")
 
 
 def show_estimates(arm, estimates):
-    """Print what the fit, the closed form and the truth say, side by side."""
+    """Print what the fits, the closed form and the truth say, side by side."""
     print(f"\n{arm:<15}", *(f"{name:>14}" for name in estimates))
     for metric in estimates["fit"]:
         print(f"{metric:<15}", *(f"{numbers[metric]:>14.4f}" for numbers in estimates.values()))
 
 
-# --- Plots ---
-
-
-def plot_prior(run_dir, curves):
-    """Draw the density of the class's mean height, before and after some of the pupils."""
-    heights = np.linspace(100, 160, 601)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for count in (0, 1, 3, 10, PUPILS):
-        label = f"posterior, n = {count}" if count else "prior"
-        axes.plot(heights, np.exp(normal_log_likelihood(heights, *curves[count])), label=label)
-    axes.axvline(CLASS_MEAN, color="black", linestyle=":", label="ground truth")
-    axes.set(xlabel="mean height (cm)", ylabel="density", title="The prior moves to the evidence")
-    axes.legend(loc="upper left")
-    save_figure(figure, run_dir / "prior.png")
-
-
-def plot(run_dir, arm, x, y, found):
-    """Draw the article's two figures of an arm: the data, and what the fit makes of them."""
-    labels = {"fit": "predicted", "converged": "converged", "truth": "ground truth"}
-    for kind, names in {"data": [], "fit": [name for name in labels if name in found]}.items():
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        axes.scatter(x, y, s=12, color="gray", label="data")
-        for name in names:
-            mean, stddev = found[name].mean()[:, 0], found[name].stddev()[:, 0]
-            axes.plot(x, mean, label=labels[name], linestyle="--" if name == "truth" else "-")
-            if name != "truth" and arm == "growing_noise":
-                band = {"alpha": 0.15, "label": f"{labels[name]}, two standard deviations"}
-                axes.fill_between(x[:, 0], mean - 2 * stddev, mean + 2 * stddev, **band)
-        axes.set(xlabel="x", ylabel="y", title=f"{arm.replace('_', ' ')}: {kind}")
-        axes.legend(loc="upper left")
-        save_figure(figure, run_dir / f"{arm}_{kind}.png")
-
-
-# --- Main ---
+# --- Command line ---
 
 
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    args = parse_args(argv)
-    device = select_device(args.device)
-    run_dir, results = new_run_dir(args, f"{args.samples} made-up points", device)
-    show_probabilities()
-    plot_prior(run_dir, update_prior(args, run_dir, results))
-    for arm in ("constant_noise", "growing_noise"):
-        plot(run_dir, arm, *train(arm, args, run_dir, results))
-    for arm in ("constant_noise", "growing_noise"):
-        show_estimates(arm, results["arms"][arm]["estimates"])
-    results["complete"] = True
-    write_results(run_dir, results)
-    report(run_dir, results)
-    return {arm: record["final"] for arm, record in results["arms"].items()}
+    parser = make_parser("--epochs", default=500)
+    add = parser.add_argument
+    add("--samples", type=int, default=100, help="points of each data set")
+    add("--noise", type=float, default=3.0, help="standard deviation of the first data set")
+    add("--converge", action="store_true", help="then fit on, until the maximum is reached")
+    args = parse_flags(parser, argv)
+    if args.samples < 2 or args.noise == 0:
+        parser.error("arguments --samples and --noise: the fits need two points and some noise")
+    with Run(args, f"{args.samples} made-up points") as run:
+        show_probabilities()
+        plot_prior(run, update_prior(run))
+        for arm in MODELS:
+            plot(run, arm, *train(arm, run))
+        for arm in MODELS:
+            show_estimates(arm, run.results["arms"][arm]["estimates"])
+        final = run.report()
+        for arm, build_model in MODELS.items():
+            if "ipykernel" not in sys.modules:
+                print(f"from {SCRIPT} import {build_model.__name__}", end="; ")
+            path = run.folder / f"{arm}.weights.h5"
+            print(f'model = {build_model.__name__}(); model.load_weights("{path}")')
+        return final
+
+
+# --- Frame: flags, faults, folder and results; the same text in every script ---
+
+
+def make_parser(*names, default):
+    """Return a parser with the flags of every script; `names` are those of the first one."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
+    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
+    return parser
+
+
+def parse_flags(parser, argv):
+    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
+        argv = []
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
+        if type(value) in (int, float) and not lowest <= value < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+    return args
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        fail(2, f"error: argument --device: too late for {name}; restart Python first")
+    return ", ".join(gpu.name for gpu in chosen) or "CPU"
+
+
+def fail(code, line):
+    """End the run with one line on stderr and an exit code."""
+    print(line, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+class Run:
+    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+
+    def __init__(self, args, data, several=False, results=None):
+        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+            sys.stdout.reconfigure(line_buffering=True)
+        if "://" in args.logdir:
+            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
+        self.args, device = args, select_device(args.device, several)
+        if results:
+            self.folder = pathlib.Path(args.resume)
+        else:
+            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+            while self.folder.exists():  # two runs may start in one second
+                self.folder = self.folder.with_name(f"{self.folder.name}-2")
+            versions = {module.__name__: module.__version__ for module in MODULES}
+            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
+            results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results = results | {"config": vars(args), "device": device, "complete": False}
+        with self:  # this writes results.json
+            self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # its reader is gone, and Python would flush it at the end
+        if isinstance(error, OSError):
+            fail(1, f"error: {kind.__name__}: {error}")
+        if kind is not SystemExit:
+            self.write()
+        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
+            fail(130, f"interrupted; what was finished is in {self.folder}")
+
+    def write(self):
+        """Replace results.json in one step, unless a number in it is not finite."""
+        try:
+            text = json.dumps(self.results, indent=1, allow_nan=False)
+        except ValueError:
+            fail(1, "error: a loss or a metric is not finite; try another --seed")
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / "results.json")
+
+    def report(self):
+        """Print the results beside the article's and how to go on; return the final numbers."""
+        self.results["complete"] = True
+        self.write()
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        for arm, record in self.results["arms"].items():
+            columns = (
+                record["final"],
+                self.results["article"].get(arm, {}),
+                record.get("spread", {}),
+            )
+            for metric in record["final"]:
+                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
+                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+        for path in sorted(self.folder.glob("*.*")):
+            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
+        print(f'tensorboard --logdir "{self.folder}"')
+        return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    main()

@@ -23,7 +23,7 @@ As in the article, the arms differ in two things: who judges, and that Double Q'
 """
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
 #     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4"]
 # ///
@@ -51,6 +51,7 @@ import tensorflow as tf
 SCRIPT = "double_q_cartpole"
 MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
 ARTICLE = {"dqn": {"reward": 190}, "double": {"reward": 190}}  # "180-200", without noise
+ARMS = ["dqn", "double", "dqn_target"]  # the third is deep Q with Double Q's lagging judge
 MAX_EPSILON = 1.0
 MIN_EPSILON = 0.01
 BATCH_SIZE = 32
@@ -124,20 +125,19 @@ def choose_action(state, q_values, eps):
     return int(np.argmax(q_values(tf.constant(state[np.newaxis]))))
 
 
-def train(batch, primary_network, target_network, optimizer, gamma):
+def train(batch, primary_network, target_network, optimizer, gamma, double_q):
     """Take a gradient step; return the loss before it and the mean of the next states' largest Q.
 
-    Without a target network (None) this is deep Q learning, with one it is Double Q learning.
+    The article's deep Q learning has no target network (None): one network chooses and judges.
     """
     states, actions, rewards, next_states, terminals = batch
     prim_qtp1 = primary_network(next_states)  # (batch, 2)
-    if target_network is None:
-        q_judge = prim_qtp1
-        q_next = tf.reduce_max(prim_qtp1, axis=1)  # the max that is too large
-    else:
+    q_judge = prim_qtp1 if target_network is None else target_network(next_states)
+    if double_q:
         prim_action_tp1 = tf.argmax(prim_qtp1, axis=1)
-        q_judge = target_network(next_states)
         q_next = tf.gather(q_judge, prim_action_tp1, batch_dims=1)
+    else:
+        q_next = tf.reduce_max(q_judge, axis=1)  # the largest of noisy values: too large
     target_q = rewards + gamma * (1 - terminals) * q_next  # as in 0.95 x 2 = 1.9
     taken = tf.one_hot(actions, NUM_ACTIONS)  # the action that was not taken adds no loss
     with tf.GradientTape() as tape:
@@ -170,13 +170,14 @@ def overestimation(largest_q, gamma):
 # One loop for both arms: act, store, learn, follow.
 
 
-def compile_agent(primary_network, target_network, args):
+def compile_agent(arm, primary_network, target_network, args):
     """Return the functions learn(*batch) and q_values(states), compiled for one shape each."""
     optimizer = keras.optimizers.Adam()
     optimizer.build(primary_network.trainable_variables)  # before the functions are compiled
 
     def learn(*batch):
-        results = train(batch, primary_network, target_network, optimizer, args.gamma)
+        double_q = arm == "double"
+        results = train(batch, primary_network, target_network, optimizer, args.gamma, double_q)
         if target_network is not None:
             update_network(primary_network, target_network, args.tau)
         return results
@@ -194,10 +195,10 @@ def train_agent(arm, seed, run):
     env = gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
     memory = Memory(50000)
     primary_network, target_network = build_model(), None
-    if arm == "double":
+    if arm != "dqn":
         target_network = build_model()
         target_network.set_weights(primary_network.get_weights())
-    learn, q_values = compile_agent(primary_network, target_network, args)
+    learn, q_values = compile_agent(arm, primary_network, target_network, args)
     log = EpisodeLog(run, arm, seed)
     eps, steps = MAX_EPSILON, 0
     while log.episodes < args.epochs and steps != args.max_steps:
@@ -258,7 +259,8 @@ def plot(run):
     axes.set_title(f"CartPole, each step pays N(1, {noise:g})")
     figure.savefig(run.folder / "reward.png")
     figure, axes = plot_episodes(run, "mean q")
-    axes.axhline(1 / (1 - gamma), color="black", linestyle="--", label="most that is true")
+    if gamma < 1:
+        axes.axhline(1 / (1 - gamma), color="black", linestyle="--", label="pole that never falls")
     axes.set_title(f"Largest Q value of the next states, each step pays N(1, {noise:g})")
     axes.legend()
     figure.savefig(run.folder / "mean_q.png")
@@ -277,7 +279,7 @@ def main(argv=None):
     add("--gamma", type=float, default=0.95, help="discount of the reward of the next step")
     add("--tau", type=float, default=0.08, help="how fast the target network follows")
     add("--runs", type=int, default=1, help="trainings of each arm, with seeds that follow")
-    add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="agents to train")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS[:2], help="agents to train")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     with Run(parse_flags(parser, argv), "CartPole") as run:
         with contextlib.suppress(RuntimeError):  # too late in a process that has trained before
@@ -336,7 +338,7 @@ def select_device(name, several):
 def fail(code, line):
     """End the run with one line on stderr and an exit code."""
     print(line, file=sys.stderr)
-    sys.exit(code)
+    raise SystemExit(code) from None
 
 
 class Run:
@@ -369,9 +371,12 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
             fail(1, f"error: {kind.__name__}: {error}")
-        self.write()
+        if kind is not SystemExit:
+            self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             fail(130, f"interrupted; what was finished is in {self.folder}")
 
@@ -389,7 +394,7 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<24}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
             columns = (
                 record["final"],
@@ -398,7 +403,7 @@ class Run:
             )
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<24}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')

@@ -2,39 +2,36 @@
 
 Article: "Dueling Q networks in TensorFlow 2" (Adventures in Machine Learning).
 
-How good a state is often matters more than the action taken in it. A dueling network has a stream
-for the value V of the state, another for the advantages A of the actions, and adds them up:
-Q(s, a) = V(s) + A(s, a) - mean of A(s, a') over the actions a'. Both arms learn by Double Q.
+How good a state is often matters more than which action is taken in it. So a dueling network
+estimates the value of the state and the advantage of each action apart, and adds them up. Both
+arms learn by Double Q, in the words of double_q_cartpole.py. They differ in the network alone.
 
     python dueling_q_cartpole.py
-    python dueling_q_cartpole.py --epochs 300 --runs 5     # mean and spread of five runs
+    python dueling_q_cartpole.py --epochs 300 --runs 5    # mean and spread of five runs
 
-Measured (300 episodes, seeds 0 to 4): 163 and 170 steps from episode 100 on; no clear difference.
+Result (300 episodes, seeds 0 to 4): from episode 100 on the pole stood for 163 steps with Double Q
+and 170 with Dueling Q, which is no clear difference. The article says so too.
 
 Differences from the article:
-1. The mean of the advantages is over the actions of each state; the article's is over the whole
-   batch, so that the Q values of a state depend on the others. Here that cost nothing: 171 steps.
+1. The mean of the advantages is over the actions of each state. The article's is over the whole
+   batch, so that a state's Q values depend on the other states. Here that cost nothing: 171 steps.
 2. The target network starts as a copy. The article copied weights before there were any.
-3. Epsilon falls until step 300 + 5,000. The article's jumps down at step 5,000, from 0.07.
+3. Epsilon falls until step 300 + 5,000. The article's jumps at step 5,000, from 0.07 to 0.01.
 4. `avg loss` is the mean over the steps that trained; the article averaged a -1 for every other.
-5. Only `terminated` is stored as a terminal, not the time limit, and as a column of the memory.
-6. The memory is an array whose oldest row is overwritten; `pop(0)` moves a whole list at each step.
-7. Choosing an action and training are one compiled function each, for tensors of one shape.
-8. It ends, after 500 episodes.
+5. Only a fallen pole is stored as a terminal state, not the time limit, in a column of its own.
+6. The memory is a set of arrays in which a new step replaces the oldest one.
+7. DQModel is a function, so that `load_model` needs no class of ours. Both steps are compiled.
+8. Training ends, after 500 episodes.
 """
 
 # /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
-#     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4",
-# ]
+# requires-python = ">=3.10,<3.14"
+# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
+#     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4"]
 # ///
 
 import argparse
 import contextlib
-import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -43,375 +40,469 @@ import statistics
 import sys
 import time
 
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
-# --- Constants ---
 SCRIPT = "dueling_q_cartpole"
-PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium")
-ARTICLE = {"double": {"reward": 190}, "dueling": {"reward": 190}}  # 180-200, in its figure
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
-SAMPLE_PARTS = [4, 1, 1, 4, 1]  # columns of state, action, reward, next state, terminated
-MAX_EPSILON, MIN_EPSILON, BATCH_SIZE = 1.0, 0.01, 32
-
-
-# --- Command line ---
-def build_parser():
-    """Return the parser of this script's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    first_line = str(__doc__).partition("\n")[0]
-    parser = OneLineParser(description=first_line, formatter_class=style, allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", "--episodes", type=number(int, 1), default=500, help="episodes of each run")
-    add("--device", default="auto", help="auto, cpu, gpu or gpu:N")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
-    add("--max-steps", type=number(int, 1), help="stop after this many environment steps")
-    add("--random-reward-std", type=number(float, 0, 1000), default=1.0, help="reward's deviation")
-    add("--epsilon-min-iter", type=number(int, 1), default=5000, help="steps of epsilon's fall")
-    add("--delay-training", type=number(int, BATCH_SIZE), default=300, help="steps before training")
-    add("--gamma", type=number(float, 0, 1), default=0.95, help="discount of future rewards")
-    add("--tau", type=number(float, 0, 1), default=0.08, help="how fast the target network follows")
-    add("--runs", type=number(int, 1), default=1, help="runs of each arm, each with the next seed")
-    add("--arms", nargs="+", choices=list(ARTICLE), default=list(ARTICLE), help="agents to train")
-    add("--gif", action="store_true", help="save a greedy episode of each arm as an animation")
-    return parser
-
-
-def parse_args(argv):
-    """Parse `argv` strictly; None stands for the command line, in a notebook cell for no flags."""
-    if argv is None and "__file__" not in globals():
-        argv = []  # there sys.argv belongs to the kernel
-    return build_parser().parse_args(argv)
-
-
-# --- Shared helpers: the same text in every script that has them ---
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a bad flag in one line and exits with code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def number(kind, low, high=2**31 - 1):
-    """Return an argparse type: an int or float (`kind`) from `low` to `high`, both included."""
-
-    def number(text):  # argparse takes "invalid number value" from this name
-        if not low <= kind(text) <= high:  # nan is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def select_device(device, several=False):
-    """Let TensorFlow see only the device of --device ("all" if `several`); return its name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | {f"gpu:{i}": [gpu] for i, gpu in enumerate(gpus)}
-    choices |= {"all": gpus} if several else {}
-    chosen = choices.get("gpu:0" if device == "gpu" else device)
-    if chosen is None:
-        build_parser().error(f"argument --device: {device} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has started in this process
-        build_parser().error(f"argument --device: too late for {device}; restart Python first")
-    return ", ".join(gpu.name.removeprefix("/physical_device:") for gpu in chosen) or "CPU"
-
-
-def new_run_dir(args, data, device):
-    """Make the folder of this run, <logdir>/<script>/<time>; return it and the results so far."""
-    name = time.strftime("%Y%m%d-%H%M%S") + ("-synthetic" if data == "synthetic" else "")
-    for count in itertools.count():  # two runs may start in the same second
-        run_dir = pathlib.Path(args.logdir, SCRIPT, f"{name}-{count}" if count else name)
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            break
-    results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data, "arms": {}}
-    results["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
-    results |= {"article": {} if data == "synthetic" else ARTICLE, "complete": False}
-    write_results(run_dir, results)
-    print(f"{SCRIPT} on {data}, device {device}, writes to {run_dir}")
-    return run_dir, results
-
-
-def write_results(run_dir, results):
-    """Replace results.json in one step; keep it, and raise FloatingPointError, for nan or inf."""
-    try:
-        text = json.dumps(results, indent=1, allow_nan=False)
-    except ValueError:
-        raise FloatingPointError("the loss is not finite; try another --seed") from None
-    temporary = run_dir / "results.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, run_dir / "results.json")
-
-
-def save_figure(figure, path):
-    """Save a figure as PNG; show it too where this runs in a notebook."""
-    figure.savefig(path, dpi=100)
-    if "inline" in plt.get_backend():
-        plt.show()
-    plt.close(figure)
-
-
-def report(run_dir, results):
-    """Print the final values beside the article's, the files, and how to see the events."""
-    print(f"\n{SCRIPT} on {results['data']}, epochs: {results['config']['epochs']}")
-    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
-    for arm, record in results["arms"].items():
-        final, article = record["final"], results["article"].get(arm, {})
-        for metric in final | article:
-            values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
-            cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
-    print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
-
-
-def run_as_command(main):
-    """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
-    try:
-        return main()
-    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
-        code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
-        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
-        ours = not error.args[1:] and not hasattr(error, "op")
-        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
-    print(message, file=sys.stderr)
-    if "__file__" in globals():  # a notebook's kernel stays usable
-        sys.exit(code)
-
-
-# --- Episodes: the same text in every script that plays ---
-class EpisodeRecorder(contextlib.AbstractContextManager):
-    """Records one run of an arm, in a `with` statement: an interrupted run is written, too."""
-
-    def __init__(self, run_dir, results, arm, seed, episodes):
-        self.run_dir, self.results, self.name = run_dir, results, f"{arm}, seed {seed}"
-        self.history, self.every = {"reward": [], "avg loss": []}, max(1, episodes // 20)
-        self.run = {"seed": seed, "history": self.history, "final": {}, "seconds": 0.0}
-        new = {"history": self.history, "final": {}, "seconds": 0.0, "runs": []}
-        runs = results["arms"].setdefault(arm, new)["runs"]
-        runs.append(self.run)
-        folder = run_dir / arm / (f"seed_{seed}" if runs[1:] else "")
-        self.writer = tf.summary.create_file_writer(str(folder))
-        self.bar = keras.utils.Progbar(episodes, verbose=VERBOSE % 2, stateful_metrics=["reward"])
-        self.start = self.written = time.perf_counter()
-
-    def add(self, reward, avg_loss):
-        """Record an episode: its reward, and its mean loss or None before training."""
-        episode = len(self.history["reward"]) + 1
-        for tag, value in {"reward": reward, "avg loss": avg_loss}.items():
-            self.history[tag].append(value)
-            if value is not None:
-                with self.writer.as_default(step=episode):
-                    tf.summary.scalar(tag, value)
-        self.bar.update(episode, [("reward", reward)])
-        if VERBOSE == 2 and (episode == 1 or episode % self.every == 0):
-            print(f"{self.name}, episode {episode}: reward {reward:.0f}")
-        if time.perf_counter() - self.written > 3:
-            self.__exit__()
-
-    def __exit__(self, *error):
-        self.written = time.perf_counter()
-        self.run["seconds"] = self.written - self.start
-        self.writer.flush()
-        write_results(self.run_dir, self.results)
-
-
-def summarise(record):
-    """Make an arm's final values the means over its runs, its spread their standard deviations."""
-    finals = [run["final"] for run in record["runs"]]
-    for name, of in {"final": statistics.mean, "spread": statistics.stdev}.items():
-        if name == "final" or finals[1:]:  # a single run has no spread
-            record[name] = {key: of([final[key] for final in finals]) for key in finals[0]}
-    record["seconds"] = sum(run["seconds"] for run in record["runs"])
-
-
-def play(env, policy):
-    """Play an episode with policy(state) -> action; return its reward."""
-    (state, _), total, ended = env.reset(), 0.0, False
-    while not ended:
-        state, reward, terminated, truncated, _ = env.step(policy(state))
-        total, ended = total + reward, terminated or truncated
-    return total
-
+MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
+ARTICLE = {"double": {"reward": 190}, "dueling": {"reward": 190}}  # "180-200", in its figure
+MAX_EPSILON = 1.0
+MIN_EPSILON = 0.01
+BATCH_SIZE = 32
+NUM_ACTIONS = 2
 
 # --- Algorithm ---
-def DQModel(hidden_size, num_actions, dueling):
-    """Return the network: states (batch, 4) to Q values (batch, num_actions).
-
-    With `dueling`, Q(s, a) = V(s) + A(s, a) - mean of A(s, a') over a'; without the mean, V could
-    trade any constant with A. All parts are Keras's own, so that `load_model` needs no custom code.
-    """
-    he = {"kernel_initializer": "he_normal"}
-    inputs = keras.Input((4,))
-    x = keras.layers.Dense(hidden_size, "relu", name="dense1", **he)(inputs)
-    x = keras.layers.Dense(hidden_size, "relu", name="dense2", **he)(x)
-    adv = keras.layers.Dense(hidden_size, "relu", name="adv_dense", **he)(x)
-    adv = keras.layers.Dense(num_actions, name="adv_out", **he)(adv)  # (batch, num_actions)
-    if not dueling:
-        return keras.Model(inputs, adv)
-    v = keras.layers.Dense(hidden_size, "relu", name="v_dense", **he)(x)
-    v = keras.layers.Dense(1, name="v_out", **he)(v)  # (batch, 1)
-    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # axis 1: of each state
-    return keras.Model(inputs, keras.layers.Add()([v, norm_adv]))
+# First what a value and an advantage are; then the network, and Double Q, which trains it.
 
 
 def show_dueling_example():
-    """Print V and A of the article's state: three rewards, one of which is drawn at random."""
-    q = np.array([10.0, 50.0, 100.0])
-    print(f"Q = {q}: V = {q.mean():.2f}, A = {(q - q.mean()).round(2)}")
+    """Print V and A = Q - V of the article's state, for a policy that guesses and for the best one.
+
+    Three actions end the game and pay 10, 50 and 100.
+    """
+    Q = np.array([10.0, 50.0, 100.0])
+    for policy, V in {"a random policy": Q.mean(), "the best policy": Q.max()}.items():
+        print(f"Q = {Q}; under {policy} V = {V:.2f}, A = {np.round(Q - V, 2)}")
+
+
+def DQModel(hidden_size, num_actions, dueling):
+    """Return the network: states (batch, 4) to a Q value for each action (batch, num_actions).
+
+    With `dueling`, Q(s, a) = V(s) + A(s, a) - mean of A(s, a') over the actions a'. The mean is
+    taken off because a Q of 60 may be 50 + 10, 0 + 60 or -1000 + 1060: V alone would mean nothing.
+    """
+    inputs = keras.Input((4,))
+    x = dense("dense1", hidden_size, "relu")(inputs)
+    x = dense("dense2", hidden_size, "relu")(x)
+    adv = dense("adv_dense", hidden_size, "relu")(x)
+    adv = dense("adv_out", num_actions)(adv)  # (batch, num_actions)
+    if not dueling:
+        return keras.Model(inputs, adv)  # plain Q values
+    v = dense("v_dense", hidden_size, "relu")(x)
+    v = dense("v_out", 1)(v)  # (batch, 1)
+    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # axis 1: each state its own mean
+    return keras.Model(inputs, keras.layers.Add()([v, norm_adv]))
+
+
+def dense(name, units, activation=None):
+    """Return a layer that starts with He's normal weights, as all of the article's do."""
+    return keras.layers.Dense(units, activation, kernel_initializer="he_normal", name=name)
 
 
 class Memory:
-    """The newest `max_memory` steps, rows of one array in which a new one replaces the oldest."""
+    """The newest `max_memory` steps; once it is full, a new step replaces the oldest one."""
 
     def __init__(self, max_memory):
-        self.rows, self.added = np.zeros((max_memory, sum(SAMPLE_PARTS)), "float32"), 0
+        self.max_memory = max_memory
+        self.states = np.zeros((max_memory, 4), "float32")
+        self.actions = np.zeros(max_memory, "int32")
+        self.rewards = np.zeros(max_memory, "float32")
+        self.next_states = np.zeros((max_memory, 4), "float32")
+        self.terminals = np.zeros(max_memory, "float32")
+        self.columns = self.states, self.actions, self.rewards, self.next_states, self.terminals
+        self.added = 0
 
-    def add_sample(self, state, action, reward, next_state, terminated):
-        self.rows[self.added % len(self.rows)] = (*state, action, reward, *next_state, terminated)
+    def add_sample(self, state, action, reward, next_state, terminal):
+        i = self.added % self.max_memory
+        self.states[i] = state
+        self.actions[i] = action
+        self.rewards[i] = reward
+        self.next_states[i] = next_state
+        self.terminals[i] = terminal
         self.added += 1
 
     def sample(self, no_samples):
-        """Return rows (no_samples, 11), float32, drawn without replacement."""
-        idxs = random.sample(range(min(self.added, len(self.rows))), no_samples)
-        return self.rows[idxs]
+        """Return states, actions, rewards, next states, terminals of steps, none drawn twice."""
+        i = random.sample(range(min(self.added, self.max_memory)), no_samples)
+        return [tf.constant(column[i]) for column in self.columns]
 
 
-def choose_action(state, best_action, eps):
-    """Return a random action with probability `eps`, else the best one in a state (4,)."""
+def choose_action(state, q_values, eps):
+    """Return a random action with probability `eps`, else the one with the largest Q value."""
     if random.random() < eps:
-        return random.randrange(2)
-    return int(best_action(tf.constant(state[np.newaxis])))
+        return random.randrange(NUM_ACTIONS)
+    return int(np.argmax(q_values(tf.constant(state[np.newaxis]))))
 
 
-def q_targets(rewards, terminals, q_choosing, q_judging, gamma):
-    """Return r + gamma q_judging(s', argmax over a of q_choosing(s', a)), at a terminal r alone.
+def train(batch, primary_network, target_network, optimizer, gamma):
+    """Take a gradient step; return the loss before it and the mean of the next states' largest Q.
 
-    The q are (batch, actions), all else (batch, 1). One q in both places makes it the max over a.
+    One network chooses the next action, the other judges it: Double Q.
     """
-    prim_action_tp1 = tf.argmax(q_choosing, axis=1)
-    q_next = tf.gather(q_judging, prim_action_tp1, batch_dims=1)[:, tf.newaxis]
-    return rewards + gamma * (1 - terminals) * q_next
+    states, actions, rewards, next_states, terminals = batch
+    q_judge = target_network(next_states)  # (batch, 2)
+    taken = tf.one_hot(actions, NUM_ACTIONS)  # the action that was not taken adds no loss
+    with tf.GradientTape() as tape:
+        # States and next states in one pass of (2 batch, 2), which is quicker than two passes.
+        both = primary_network(tf.concat([states, next_states], axis=0))
+        prim_qt, prim_qtp1 = tf.split(both, 2)
+        prim_action_tp1 = tf.argmax(prim_qtp1, axis=1)
+        q_next = tf.gather(q_judge, prim_action_tp1, batch_dims=1)
+        target_q = rewards + gamma * (1 - terminals) * q_next
+        error = taken * (target_q[:, tf.newaxis] - prim_qt)
+        loss = tf.reduce_mean(tf.square(error))
+    optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
+    return loss, tf.reduce_mean(tf.reduce_max(q_judge, axis=1))
 
 
 def update_network(primary_network, target_network, tau):
-    """Move the target's weights t the share tau to the primary's e: t (1 - tau) + e tau."""
+    """Move each weight t of the target towards e of the primary network: t (1 - tau) + e tau."""
     for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
-        t.assign_add(tau * (e - t))  # in this form nothing changes where both are one network
+        t.assign_add(tau * (e - t))
 
 
-def q_learning_step(batch, primary_network, target_network, optimizer, gamma, tau):
-    """Train the primary network on rows (batch, 11) of a Memory; return the loss before that."""
-    states, actions, rewards, next_states, terminals = tf.split(batch, SAMPLE_PARTS, axis=1)
-    taken = tf.one_hot(tf.cast(actions[:, 0], tf.int32), 2)  # (batch, 2): the other adds no loss
-    with tf.GradientTape() as tape:  # states and next states in one pass: that is quicker
-        q, prim_qtp1 = tf.split(primary_network(tf.concat([states, next_states], axis=0)), 2)
-        targets = q_targets(rewards, terminals, prim_qtp1, target_network(next_states), gamma)
-        loss = tf.reduce_mean(tf.square(taken * (tf.stop_gradient(targets) - q)))
-    optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
-    update_network(primary_network, target_network, tau)
-    return loss
+def overestimation(largest_q, gamma):
+    """Return by how much the largest Q of each state of an episode exceeds the true return.
 
-
-def compile_for_shape(function, shape):
-    """Return function(tensor), compiled by XLA for float32 tensors of one shape."""
-    compiled = tf.function(function, jit_compile=True, autograph=False)
-    return compiled.get_concrete_function(tf.TensorSpec(shape))  # spares 0.1 ms of checks a call
-
-
-def moving_average(rewards):
-    """Return the mean of each of the rewards (episodes,) and of up to 19 before it."""
-    totals = np.cumsum([0] * 20 + rewards)  # (20 + episodes,)
-    return (totals[20:] - totals[:-20]) / np.minimum(np.arange(len(rewards)) + 1, 20)
+    Each step pays 1 on average, so with n steps to go the return is 1 + gamma + ... up to
+    gamma^(n - 1). Of an episode cut off at 200 steps the last 90 states are left out: their
+    returns would have gone on, and 0.95^90 is one percent.
+    """
+    steps_to_go = np.arange(len(largest_q), 0, -1)
+    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[steps_to_go - 1]
+    errors = np.array(largest_q) - returns
+    return errors[:-90] if len(errors) == 200 else errors
 
 
 # --- Training ---
-def train(arm, seed, args, run_dir, results):
-    """Train one run of an arm; record its episodes and final values; save the first run's model."""
+# One loop for both arms: act, store, learn, follow. Only the network differs.
+
+
+def compile_agent(primary_network, target_network, args):
+    """Return the functions learn(*batch) and q_values(states), compiled for one shape each."""
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(primary_network.trainable_variables)  # before the functions are compiled
+
+    def learn(*batch):
+        results = train(batch, primary_network, target_network, optimizer, args.gamma)
+        update_network(primary_network, target_network, args.tau)
+        return results
+
+    batch = [tf.TensorSpec(column.shape, column.dtype) for column in Memory(BATCH_SIZE).columns]
+    learn = tf.function(learn, jit_compile=True, autograph=False).get_concrete_function(*batch)
+    q_values = tf.function(primary_network, jit_compile=True, autograph=False)
+    return learn, q_values.get_concrete_function(tf.TensorSpec((1, 4)))
+
+
+def train_agent(arm, seed, run):
+    """Train one agent; record its episodes and final numbers; save the first one's network."""
+    args = run.args
     keras.utils.set_random_seed(seed)
     env = gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
-    memory, steps, eps = Memory(500000), 0, MAX_EPSILON
-    primary_network = DQModel(30, 2, dueling=arm == "dueling")
-    target_network = DQModel(30, 2, dueling=arm == "dueling")
+    memory = Memory(500000)
+    primary_network = DQModel(30, NUM_ACTIONS, dueling=arm == "dueling")
+    target_network = DQModel(30, NUM_ACTIONS, dueling=arm == "dueling")
     target_network.set_weights(primary_network.get_weights())
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(primary_network.trainable_variables)  # its moments must exist before tracing
-    agent = primary_network, target_network, optimizer, args.gamma, args.tau
-    learn = compile_for_shape(lambda batch: q_learning_step(batch, *agent), (BATCH_SIZE, 11))
-    best_action = compile_for_shape(lambda s: tf.argmax(primary_network(s), axis=1)[0], (1, 4))
-    with EpisodeRecorder(run_dir, results, arm, seed, args.epochs) as recorder:
-        rewards = recorder.history["reward"]
-        while len(rewards) < args.epochs and steps != args.max_steps:
-            state, _ = env.reset(seed=None if steps else seed)
-            length, losses, ended = 0, [], False
-            while not ended:
-                action = choose_action(state, best_action, eps)
-                next_state, _, terminated, truncated, _ = env.step(action)
-                reward = np.random.normal(1.0, args.random_reward_std)
-                memory.add_sample(state, action, reward, next_state, terminated)
-                state, length, steps = next_state, length + 1, steps + 1
-                if steps > args.delay_training:
-                    losses.append(float(learn(tf.constant(memory.sample(BATCH_SIZE)))))
-                to_fall = min(max(1 - (steps - args.delay_training) / args.epsilon_min_iter, 0), 1)
-                eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * to_fall
-                ended = terminated or truncated or steps == args.max_steps
-            recorder.add(length, statistics.mean(losses) if losses else None)
-    averages, policy = moving_average(rewards), lambda s: choose_action(s, best_action, eps=0)
-    recorder.run["final"] = {
-        "reward": averages[-1],
-        "episodes_to_180": int(np.argmax([*(averages > 180), True])) + 1,  # one more: never
-        "greedy_reward": statistics.mean(play(env, policy) for _ in range(10)),
-        "parameters": primary_network.count_params(),
-    }
-    summarise(results["arms"][arm])
+    learn, q_values = compile_agent(primary_network, target_network, args)
+    log = EpisodeLog(run, arm, seed)
+    print(f"{log.name}: pre-training, {args.delay_training} random steps")
+    eps, steps = MAX_EPSILON, 0
+    while log.episodes < args.epochs and steps != args.max_steps:
+        state, _ = env.reset(seed=None if steps else seed)
+        length, losses, largest_q, ended = 0, [], [], False
+        while not ended:
+            action = choose_action(state, q_values, eps)
+            next_state, _, terminated, truncated, _ = env.step(action)
+            reward = np.random.normal(1.0, args.random_reward_std)
+            memory.add_sample(state, action, reward, next_state, terminated)
+            state, length, steps = next_state, length + 1, steps + 1
+            if steps > args.delay_training:
+                loss, mean_q = learn(*memory.sample(BATCH_SIZE))
+                losses.append(float(loss))
+                largest_q.append(float(mean_q))
+            fallen = min(max(0, steps - args.delay_training) / args.epsilon_min_iter, 1)
+            eps = MAX_EPSILON - fallen * (MAX_EPSILON - MIN_EPSILON)
+            ended = terminated or truncated or steps == args.max_steps
+        values = {"reward": [length], "avg loss": losses, "mean q": largest_q}
+        log.add(values, note=f", eps {eps:.3f}")
+    log.finish(evaluate(env, q_values, log, primary_network, args.gamma))
     if seed == args.seed:
-        primary_network.save(run_dir / f"{arm}.keras")
+        primary_network.save(run.folder / f"{arm}.keras")
         if args.gif:
-            env = gymnasium.wrappers.RenderCollection(env)
-            play(env, policy)
-            gif, *rest = map(keras.utils.array_to_img, env.render())
-            gif.save(run_dir / f"{arm}.gif", save_all=True, append_images=rest, duration=20, loop=0)
+            save_gif(env, lambda s: choose_action(s, q_values, eps=0), run.folder / f"{arm}.gif")
 
 
-# --- Plots ---
-def plot(run_dir, results):
-    """Draw the arms' reward by episode: the mean of 20 episodes, its mean and spread over runs."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, record in results["arms"].items():
-        rewards = (run["history"]["reward"] for run in record["runs"])
-        averages = np.array([*zip(*map(moving_average, rewards))])  # (episodes, runs)
-        mean, spread = averages.mean(1), averages.std(1)
-        axes.plot(mean, label={"dqn": "deep Q"}.get(arm, f"{arm.capitalize()} Q"))
-        axes.fill_between(range(len(mean)), mean - spread, mean + spread, alpha=0.2)
-    title = "CartPole, reward N(1, {random_reward_std:g}); runs: {runs}".format(**results["config"])
-    axes.set(xlabel="episode", ylabel="reward (mean of 20 episodes)", title=title)
+def evaluate(env, q_values, log, network, gamma):
+    """Play ten greedy episodes; return the final numbers of a training."""
+    rewards, errors = [], []
+    for _ in range(10):
+        largest_q = []
+
+        def policy(state, largest_q=largest_q):
+            q = q_values(tf.constant(state[np.newaxis]))[0].numpy()
+            largest_q.append(q.max())
+            return q.argmax()
+
+        rewards.append(play(env, policy))
+        errors.extend(overestimation(largest_q, gamma))
+    averages = moving_average(log.record["history"]["reward"])
+    return {
+        "reward": averages[-1].item(),
+        "episodes_to_180": int(np.argmax([*(averages > 180), True])) + 1,  # one more: never
+        "greedy_reward": statistics.mean(rewards),
+        "overestimation": np.mean(errors).item(),
+        "parameters": network.count_params(),
+    }
+
+
+# --- Figures ---
+# The article's, reward by episode; and how large the Q values become, beside their truth.
+
+
+def plot(run):
+    """Draw the reward and the mean Q value of each arm by episode."""
+    noise, gamma = run.args.random_reward_std, run.args.gamma
+    figure, axes = plot_episodes(run, "reward")
+    axes.set_title(f"CartPole, each step pays N(1, {noise:g})")
+    figure.savefig(run.folder / "reward.png")
+    figure, axes = plot_episodes(run, "mean q")
+    if gamma < 1:
+        axes.axhline(
+            1 / (1 - gamma), color="black", linestyle="--", label="a pole that never falls"
+        )
+    axes.set_title(f"Largest Q value of the next states, each step pays N(1, {noise:g})")
     axes.legend()
-    save_figure(figure, run_dir / "reward.png")
+    figure.savefig(run.folder / "mean_q.png")
 
 
-# --- Main ---
+# --- Command line ---
+
+
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    args = parse_args(argv)
-    with contextlib.suppress(RuntimeError):  # too late once TensorFlow has started: only slower
-        tf.config.threading.set_intra_op_parallelism_threads(1)  # operations are too small for two
-    run_dir, results = new_run_dir(args, "CartPole", select_device(args.device))
-    show_dueling_example()
-    for arm, run in itertools.product(args.arms, range(args.runs)):
-        train(arm, args.seed + run, args, run_dir, results)
-    plot(run_dir, results)
-    results["complete"] = True
-    write_results(run_dir, results)
-    report(run_dir, results)
-    return {arm: record["final"] for arm, record in results["arms"].items()}
+    parser = make_parser("--epochs", "--episodes", default=500)
+    add = parser.add_argument
+    add("--max-steps", type=int, help="end a training after this many environment steps")
+    add("--random-reward-std", type=float, default=1.0, help="standard deviation of a reward")
+    add("--epsilon-min-iter", type=int, default=5000, help="steps in which epsilon falls")
+    add("--delay-training", type=int, default=300, help="random steps before the first training")
+    add("--gamma", type=float, default=0.95, help="discount of the reward of the next step")
+    add("--tau", type=float, default=0.08, help="how fast the target network follows")
+    add("--runs", type=int, default=1, help="trainings of each arm, with seeds that follow")
+    add("--arms", nargs="+", choices=list(ARTICLE), default=list(ARTICLE), help="agents to train")
+    add("--gif", action="store_true", help="save an episode of each arm as an animation")
+    args = parse_flags(parser, argv)
+    if args.delay_training < BATCH_SIZE:
+        parser.error(f"argument --delay-training: a batch needs {BATCH_SIZE} steps")
+    with Run(args, "CartPole") as run:
+        with contextlib.suppress(RuntimeError):  # too late in a process that has trained before
+            tf.config.threading.set_intra_op_parallelism_threads(1)  # two would wait for each other
+        show_dueling_example()
+        for arm in dict.fromkeys(run.args.arms):  # each of them once
+            for seed in range(run.args.seed, run.args.seed + run.args.runs):
+                train_agent(arm, seed, run)
+        plot(run)
+        return run.report()
+
+
+# --- Frame: flags, faults, folder and results; the same text in every script ---
+
+
+def make_parser(*names, default):
+    """Return a parser with the flags of every script; `names` are those of the first one."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
+    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
+    return parser
+
+
+def parse_flags(parser, argv):
+    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
+        argv = []
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
+        if type(value) in (int, float) and not lowest <= value < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+    return args
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        fail(2, f"error: argument --device: too late for {name}; restart Python first")
+    return ", ".join(gpu.name for gpu in chosen) or "CPU"
+
+
+def fail(code, line):
+    """End the run with one line on stderr and an exit code."""
+    print(line, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+class Run:
+    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+
+    def __init__(self, args, data, several=False, results=None):
+        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+            sys.stdout.reconfigure(line_buffering=True)
+        if "://" in args.logdir:
+            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
+        self.args, device = args, select_device(args.device, several)
+        if results:
+            self.folder = pathlib.Path(args.resume)
+        else:
+            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+            while self.folder.exists():  # two runs may start in one second
+                self.folder = self.folder.with_name(f"{self.folder.name}-2")
+            versions = {module.__name__: module.__version__ for module in MODULES}
+            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
+            results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results = results | {"config": vars(args), "device": device, "complete": False}
+        with self:  # this writes results.json
+            self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # its reader is gone, and Python would flush it at the end
+        if isinstance(error, OSError):
+            fail(1, f"error: {kind.__name__}: {error}")
+        if kind is not SystemExit:
+            self.write()
+        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
+            fail(130, f"interrupted; what was finished is in {self.folder}")
+
+    def write(self):
+        """Replace results.json in one step, unless a number in it is not finite."""
+        try:
+            text = json.dumps(self.results, indent=1, allow_nan=False)
+        except ValueError:
+            fail(1, "error: a loss or a metric is not finite; try another --seed")
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / "results.json")
+
+    def report(self):
+        """Print the results beside the article's and how to go on; return the final numbers."""
+        self.results["complete"] = True
+        self.write()
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        for arm, record in self.results["arms"].items():
+            columns = (
+                record["final"],
+                self.results["article"].get(arm, {}),
+                record.get("spread", {}),
+            )
+            for metric in record["final"]:
+                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
+                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+        for path in sorted(self.folder.glob("*.*")):
+            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
+        print(f'tensorboard --logdir "{self.folder}"')
+        return {arm: record["final"] for arm, record in self.results["arms"].items()}
+
+
+# --- Frame, episodes: the same text in every CartPole script ---
+
+
+class EpisodeLog:
+    """Keeps the episodes of one training, in results.json, in TensorBoard and on the screen."""
+
+    def __init__(self, run, arm, seed):
+        self.run, self.name, self.episodes = run, f"{arm}, seed {seed}", 0
+        self.record = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
+        new = {"history": self.record["history"], "final": {}, "seconds": 0.0, "runs": []}
+        self.arm = run.results["arms"].setdefault(arm, new)
+        self.arm["runs"].append(self.record)
+        self.writer = tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
+        self.start = self.written = time.perf_counter()
+
+    def add(self, values, note=""):
+        """Record an episode, {tag: list of numbers}: their mean, or None where there are none."""
+        self.episodes += 1
+        means = {tag: statistics.mean(v) if v else None for tag, v in values.items()}
+        with self.writer.as_default(step=self.episodes):
+            for tag, mean in means.items():
+                self.record["history"].setdefault(tag, []).append(mean)
+                if mean is not None:
+                    tf.summary.scalar(tag, mean)
+        if self.episodes % max(1, self.run.args.epochs // 20) == 0:
+            line = ", ".join(f"{tag} {mean:.4g}" for tag, mean in means.items() if values[tag])
+            print(f"{self.name}, episode {self.episodes}: {line}{note}")
+        now = time.perf_counter()
+        self.record["seconds"] = now - self.start
+        if now - self.written > 3:
+            self.run.write()
+            self.written = now
+
+    def finish(self, final):
+        """Record the final numbers of this training; the arm's are the means over its runs."""
+        self.record["final"] = final
+        runs = self.arm["runs"]
+        self.arm["seconds"] = sum(run["seconds"] for run in runs)
+        for metric in final:
+            values = [run["final"][metric] for run in runs]
+            self.arm["final"][metric] = statistics.mean(values)
+            if len(runs) > 1:
+                self.arm.setdefault("spread", {})[metric] = statistics.stdev(values)
+        self.run.write()
+
+
+def play(env, policy):
+    """Play an episode with policy(state) -> action; return the sum of its rewards."""
+    (state, _), total, ended = env.reset(), 0.0, False
+    while not ended:
+        state, reward, terminated, truncated, _ = env.step(policy(state))
+        total += reward
+        ended = terminated or truncated
+    return total
+
+
+def save_gif(env, policy, path):
+    """Play an episode and save it as an animation."""
+    env = gymnasium.wrappers.RenderCollection(env)
+    play(env, policy)
+    first, *others = [keras.utils.array_to_img(picture) for picture in env.render()]
+    first.save(path, save_all=True, append_images=others, duration=20, loop=0)
+
+
+def moving_average(values):
+    """Return the mean of each value and of up to 19 before it; None is not a number."""
+    values = np.array(values, "float64")
+    return np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
+
+
+def plot_episodes(run, metric):
+    """Return a figure and its axes: a metric of each arm, its mean and spread over the runs."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm, record in run.results["arms"].items():
+        histories = [training["history"][metric] for training in record["runs"]]
+        length = min(len(history) for history in histories)
+        averages = np.array([moving_average(history[:length]) for history in histories])
+        mean, spread = averages.mean(axis=0), averages.std(axis=0)  # (length,)
+        axes.plot(mean, label=arm)
+        axes.fill_between(range(length), mean - spread, mean + spread, alpha=0.2)
+    axes.set(xlabel="episode", ylabel=f"{metric} (mean of 20 episodes)")
+    axes.legend()
+    return figure, axes
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    main()

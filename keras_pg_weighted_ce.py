@@ -2,205 +2,133 @@
 
 Article: "A simple policy gradient implementation with keras (part 1)".
 
-The gradient of a softmax policy's expected reward is that of a cross-entropy between the policy and
-the actions it took, each weighted by its reward. Part 1 computes both sides; part 2 trains by
-nothing but `train_on_batch(states, one_hot(actions), sample_weight=advantages)`.
+An agent that draws its actions from a softmax should make actions that were rewarded more likely.
+The article derives that plain Keras can do this: fit the network to the actions it took, each
+weighted by its reward. It leaves open whether that works. The first arm compares the gradients;
+the second trains with nothing but `train_on_batch(states, actions, sample_weight=advantages)`.
 
-    python keras_pg_weighted_ce.py                                  # both parts, CartPole
+    python keras_pg_weighted_ce.py                                  # both arms, CartPole
     python keras_pg_weighted_ce.py --arms agent --env ALE/Pong-v5   # the article's Pong
 
-Measured, seeds 0 to 4: the weighted cross-entropy has the exact gradient, to 2e-7; the error of
-samples falls as N^-0.49 to N^-0.50. CartPole: 187 to 199 steps in the last 100 of 1,500 episodes.
-Pong, a short run (900 games, seed 0): it still loses by 20.3 points (the first 100 by 20.5).
+Result (seeds 0 to 4): the weighted cross-entropy has the exact gradient, to 2e-7, and its estimate
+from N samples is off by N^-0.49 to N^-0.50. On CartPole the last 100 of 1,500 episodes take 187 to
+199 steps. After 900 games of Pong (seed 0) it still loses by 20.3 points; at first it was 20.5.
 
 Differences from the article:
-1. The loss is -L: minimising L = sum_i r_i log q(a_i | s_i), as in the article, teaches to lose.
-2. The estimate of the expectation is a mean: the article's sum grows with the number of samples.
+1. The loss is -L. The article minimises L = sum_i r_i log q(a_i | s_i), which teaches to lose.
+2. The weights are divided by the number of samples. The article's sum grows with that number.
 3. There is an agent; the article ends before its Pong. That is played here as in Andrej Karpathy's
-"Deep Reinforcement Learning: Pong from Pixels": two actions, differences of frames, a discount that
-starts anew after each point, RMSprop's one step in ten games (whose mean losses count alike).
+   "Deep Reinforcement Learning: Pong from Pixels": two actions, differences of frames, a discount
+   that starts anew after each point, and a step of RMSprop every ten games.
 """
 
 # /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3", "ale-py>=0.10.2,<1",
-#     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4",
-# ]
+# requires-python = ">=3.10,<3.14"
+# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
+#     "gymnasium[classic-control]>=1.1,<2", "ale-py>=0.10.2,<1", "numpy>=2,<3",
+#     "matplotlib>=3.9,<4"]
 # ///
 
 import argparse
-import contextlib
-import importlib.metadata
-import itertools
 import json
+import math
 import os
 import pathlib
+import statistics
 import sys
 import time
 
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
+import ale_py
 import gymnasium
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
-from gymnasium import spaces, wrappers
 
-# --- Constants ---
 SCRIPT = "keras_pg_weighted_ce"
-PACKAGES = ("tensorflow", "keras", "numpy", "gymnasium", "ale-py")
-ARTICLE = {"identity": {}, "agent": {}}  # it holds no figures
-LINE_END = "\r" if sys.stdout.isatty() or "ipykernel" in sys.modules else "\n"  # of progress
+MODULES = (tf, keras, np, gymnasium, ale_py)  # results.json names their versions
+ARTICLE = {"identity": {}, "agent": {}}  # it gives no figures
 GAMMA = {"CartPole-v1": 0.95, "ALE/Pong-v5": 0.99}
-BATCH_SIZE = 10  # episodes: an update of Pong's agent, and between two checkpoints
+BATCH_SIZE = 10  # episodes from one saving to the next, and in Pong to a step of the optimizer
+
+# --- Algorithm ---
+# The identity first. A policy q(a|s) earns f(a, s), and E is the mean over the actions it draws:
+#     grad E[f] = sum_a f grad q = sum_a q f (grad q / q) = E[f grad log q].
+# So the gradient can be estimated from actions that were drawn, and log q(a|s) is what the
+# cross-entropy between a one-hot action a and the policy computes, with a minus.
 
 
-# --- Command line ---
-def build_parser():
-    """Return the parser of this script's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    first_line = str(__doc__).partition("\n")[0]
-    parser = OneLineParser(description=first_line, formatter_class=style, allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", "--episodes", type=number(int, 1), default=1500, help="episodes of the agent")
-    add("--device", default="auto", help="auto, cpu, gpu or gpu:N")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
-    add("--max-steps", type=number(int, 1), help="stop after this many environment steps")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--env", choices=list(GAMMA), default="CartPole-v1", help="what the agent plays")
-    add("--arms", nargs="+", choices=list(ARTICLE), default=list(ARTICLE), help="parts to run")
-    add("--gif", action="store_true", help="save a greedy episode as an animation")
-    return parser
+def exact_gradient(q, states, rewards):
+    """Return the gradient of mean_s sum_a q(a|s) f(a, s) for the kernel W of q = softmax(s W).
+
+    States are (n, features), q and the rewards f (n, actions). By hand, where z = s W:
+    dq_b / dz_a = q_b (1[a = b] - q_a), so the sum's derivative is q_a (f_a - sum_b q_b f_b).
+    """
+    gain = rewards - np.sum(q * rewards, axis=1, keepdims=True)  # over what the state promises
+    return states.T @ (q * gain) / len(states)
 
 
-def parse_args(argv):
-    """Parse `argv` strictly; None stands for the command line, in a notebook cell for no flags."""
-    if argv is None and "__file__" not in globals():
-        argv = []  # there sys.argv belongs to the kernel
-    return build_parser().parse_args(argv)
+def weighted_ce_gradient(policy, states, targets, weights):
+    """Return the gradient of L = sum_i w_i log q(a_i|s_i) for the policy's first kernel.
+
+    The N states, targets (one-hot actions) and weights have one row each.
+    """
+    cross_entropy = keras.losses.CategoricalCrossentropy(reduction="sum")
+    with tf.GradientTape() as tape:
+        loss = cross_entropy(targets, policy(states), sample_weight=weights)  # this is -L
+    return -tape.gradient(loss, policy.trainable_variables[0]).numpy()
 
 
-# --- Shared helpers: the same text in every script that has them ---
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a bad flag in one line and exits with code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def number(kind, low, high=2**31 - 1):
-    """Return an argparse type: an int or float (`kind`) from `low` to `high`, both included."""
-
-    def number(text):  # argparse takes "invalid number value" from this name
-        if not low <= kind(text) <= high:  # nan is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
+def monte_carlo_gradient(policy, states, rewards, num_samples):
+    """Return the estimate from so many draws of one of the states (n, features) and an action."""
+    drawn = np.random.randint(0, len(states), num_samples)
+    actions = tf.random.categorical(tf.math.log(policy(states[drawn])), 1)[:, 0].numpy()
+    targets = np.eye(rewards.shape[1])[actions]
+    weights = rewards[drawn, actions] / num_samples
+    return weighted_ce_gradient(policy, states[drawn], targets, weights)
 
 
-def select_device(device, several=False):
-    """Let TensorFlow see only the device of --device ("all" if `several`); return its name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | {f"gpu:{i}": [gpu] for i, gpu in enumerate(gpus)}
-    choices |= {"all": gpus} if several else {}
-    chosen = choices.get("gpu:0" if device == "gpu" else device)
-    if chosen is None:
-        build_parser().error(f"argument --device: {device} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has started in this process
-        build_parser().error(f"argument --device: too late for {device}; restart Python first")
-    return ", ".join(gpu.name.removeprefix("/physical_device:") for gpu in chosen) or "CPU"
-
-
-def new_run_dir(args, data, device):
-    """Make the folder of this run, <logdir>/<script>/<time>; return it and the results so far."""
-    name = time.strftime("%Y%m%d-%H%M%S") + ("-synthetic" if data == "synthetic" else "")
-    for count in itertools.count():  # two runs may start in the same second
-        run_dir = pathlib.Path(args.logdir, SCRIPT, f"{name}-{count}" if count else name)
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            break
-    results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data, "arms": {}}
-    results["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
-    results |= {"article": {} if data == "synthetic" else ARTICLE, "complete": False}
-    write_results(run_dir, results)
-    print(f"{SCRIPT} on {data}, device {device}, writes to {run_dir}")
-    return run_dir, results
-
-
-def write_results(run_dir, results):
-    """Replace results.json in one step; keep it, and raise FloatingPointError, for nan or inf."""
-    try:
-        text = json.dumps(results, indent=1, allow_nan=False)
-    except ValueError:
-        raise FloatingPointError("the loss is not finite; try another --seed") from None
-    temporary = run_dir / "results.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, run_dir / "results.json")
-
-
-def save_figure(figure, path):
-    """Save a figure as PNG; show it too where this runs in a notebook."""
-    figure.savefig(path, dpi=100)
-    if "inline" in plt.get_backend():
-        plt.show()
-    plt.close(figure)
-
-
-def report(run_dir, results):
-    """Print the final values beside the article's, the files, and how to see the events."""
-    print(f"\n{SCRIPT} on {results['data']}, epochs: {results['config']['epochs']}")
-    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
-    for arm, record in results["arms"].items():
-        final, article = record["final"], results["article"].get(arm, {})
-        for metric in final | article:
-            values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
-            cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
-    print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
-
-
-def run_as_command(main):
-    """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
-    try:
-        return main()
-    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
-        code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
-        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
-        ours = not error.args[1:] and not hasattr(error, "op")
-        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
-    print(message, file=sys.stderr)
-    if "__file__" in globals():  # a notebook's kernel stays usable
-        sys.exit(code)
-
-
-# --- Resuming: the same text in every script that has --resume ---
-def resume_run(args, argv):
-    """Return (args, run_dir, results) of the run in --resume: only --epochs and --device change."""
-    parser, run_dir, results = build_parser(), pathlib.Path(args.resume), {}
-    with contextlib.suppress(OSError, ValueError):
-        results = json.loads((run_dir / "results.json").read_text())
-    if results.get("script") != SCRIPT:
-        parser.error(f"argument --resume: {run_dir} holds no run of {SCRIPT}.py that can be read")
-    args = parser.parse_args(argv, argparse.Namespace(**results["config"]))
-    for name in results["config"].keys() - {"epochs", "device", "resume"}:
-        if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to resume")
-    results |= {"config": vars(args), "complete": False}
-    old = [f"{p} {v}" for p, v in results["versions"].items() if importlib.metadata.version(p) != v]
-    print(f"{SCRIPT} goes on in {run_dir}" + (f"; warning: it was begun with {old}" if old else ""))
-    return args, run_dir, results
+def show_identity(run):
+    """Record how far two gradients are from the exact one, in lengths of the exact one."""
+    start = time.perf_counter()
+    keras.utils.set_random_seed(run.args.seed)
+    states = np.random.normal(size=(8, 3))
+    rewards = np.random.normal(size=(8, 4))  # of each of four actions in each state
+    policy = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "softmax", use_bias=False)])
+    q = policy(states).numpy()
+    exact = exact_gradient(q, states, rewards)
+    # Every action in every state, weighted by how likely that pair is to be drawn
+    every_state = np.repeat(states, 4, axis=0)  # (32, 3)
+    every_action = np.tile(np.eye(4), (8, 1))  # (32, 4)
+    weights = np.ravel(q * rewards) / 8  # (32,)
+    weighted = weighted_ce_gradient(policy, every_state, every_action, weights)
+    weighted_error = np.linalg.norm(weighted - exact) / np.linalg.norm(exact)
+    history = {"samples": [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000], "error": []}
+    with tf.summary.create_file_writer(str(run.folder / "identity")).as_default():
+        for n in history["samples"]:
+            misses = [monte_carlo_gradient(policy, states, rewards, n) - exact for _ in range(30)]
+            root_mean_square = np.linalg.norm(misses) / np.sqrt(30)
+            history["error"].append(float(root_mean_square / np.linalg.norm(exact)))
+            tf.summary.scalar("error", history["error"][-1], step=n)
+    slope = np.polyfit(np.log(history["samples"]), np.log(history["error"]), 1)[0]
+    print(f"every action, weighted: off by {weighted_error:.0e}")
+    print(f"N actions, drawn: off by N^{slope:.3f}, expected N^-0.5")
+    final = {"weighted_error": float(weighted_error), "sampled_error": history["error"][-1]}
+    final["slope"] = float(slope)
+    seconds = time.perf_counter() - start
+    run.results["arms"]["identity"] = {"history": history, "final": final, "seconds": seconds}
 
 
 # --- Environment ---
-def make_env(render_mode=None):
-    """Return the article's CartPole: the physics of v1 with a limit of 200 steps."""
-    return gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode=render_mode)
+# Two games with two actions each: CartPole is learned in a minute, the article's Pong in days.
+
+
+def make_cartpole():
+    """Return the CartPole of the other scripts: the physics of v1 with a limit of 200 steps."""
+    return gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
 
 
 def preprocess(frames):
@@ -210,69 +138,79 @@ def preprocess(frames):
     return np.ravel(courts[1] - courts[0])
 
 
-def make_pong(render_mode=None):
+def make_pong():
     """Return Pong with actions 0 (up), 1 (down) and differences of frames (6400,) as states."""
-    env = gymnasium.make("ale_py:ALE/Pong-v5", render_mode=render_mode)
-    env = wrappers.TransformAction(env, lambda action: action + 2, spaces.Discrete(2))
-    env = wrappers.FrameStackObservation(env, 2)  # after a reset the same frame twice
-    return wrappers.TransformObservation(env, preprocess, spaces.Box(-1, 1, (80 * 80,)))
+    env = gymnasium.make("ALE/Pong-v5", render_mode="rgb_array")
+    two_actions = gymnasium.spaces.Discrete(2)
+    env = gymnasium.wrappers.TransformAction(env, lambda action: action + 2, two_actions)
+    env = gymnasium.wrappers.FrameStackObservation(env, 2)  # after a reset the same frame twice
+    differences = gymnasium.spaces.Box(-1, 1, (80 * 80,))
+    return gymnasium.wrappers.TransformObservation(env, preprocess, differences)
 
 
 # --- Model ---
-def build_model(pong, state_size):
-    """Return the policy of Pong or CartPole: states (batch, state_size) to (batch, 2)."""
-    x = inputs = keras.Input((state_size,))
-    for size in [200] if pong else [30, 30]:
-        x = keras.layers.Dense(size, activation="relu", kernel_initializer="he_normal")(x)
+# Softmax networks, compiled with Keras's own cross-entropy: that is all a policy gradient needs.
+
+
+def build_cartpole_model():
+    """Return the policy 4-30-30-2 of reinforce_cartpole.py: states (batch, 4) to (batch, 2)."""
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(inputs)
+    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(x)
     network = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
-    rmsprop = keras.optimizers.RMSprop(1e-4, 0.99, gradient_accumulation_steps=BATCH_SIZE)
-    network.compile(rmsprop if pong else "adam", "categorical_crossentropy")
-    network.optimizer.build(network.trainable_variables)  # a checkpoint wants its moments
+    network.compile(keras.optimizers.Adam(), "categorical_crossentropy")
     return network
 
 
-# --- Algorithm ---
-def exact_gradient(q, states, rewards):
-    """Return the gradient of mean_s sum_a q(a|s) f(a, s) for the kernel W of q = softmax(s W).
-
-    States (n, features), q and rewards f (n, actions). dq_b / d(s W)_a = q_a (1[a = b] - q_b).
-    """
-    gain = rewards - np.sum(q * rewards, axis=1, keepdims=True)  # over what the state promises
-    return states.T @ (q * gain) / len(states)
-
-
-def weighted_ce_gradient(policy, states, targets, weights):
-    """Return the gradient of mean_i w_i log q(a_i|s_i); all have N rows, the targets' one-hot."""
-    with tf.GradientTape() as tape:
-        loss = keras.losses.CategoricalCrossentropy()(targets, policy(states), weights)
-    return -tape.gradient(loss, policy.trainable_variables[0]).numpy()
-
-
-def monte_carlo_gradient(policy, states, rewards, num_samples):
-    """Return the estimate from so many draws of one of the states (n, features) and an action."""
-    drawn = np.random.randint(0, len(states), num_samples)
-    actions = tf.random.categorical(tf.math.log(policy(states[drawn])), 1)[:, 0].numpy()
-    targets = np.eye(rewards.shape[1])[actions]
-    return weighted_ce_gradient(policy, states[drawn], targets, rewards[drawn, actions])
+def build_pong_model():
+    """Return Karpathy's policy 6400-200-2; its optimizer gathers the gradients of ten games."""
+    inputs = keras.Input((80 * 80,))
+    x = keras.layers.Dense(200, activation="relu", kernel_initializer="he_normal")(inputs)
+    network = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
+    rmsprop = keras.optimizers.RMSprop(1e-4, rho=0.99, gradient_accumulation_steps=BATCH_SIZE)
+    network.compile(rmsprop, "categorical_crossentropy")
+    return network
 
 
 def compile_policy(network):
     """Return the function state (n,) -> action probabilities, compiled for one state at a time."""
     policy = tf.function(lambda state: network(state[tf.newaxis])[0], jit_compile=True)
-    return policy.get_concrete_function(tf.TensorSpec(network.input_shape[1:]))  # fewer checks
+    return policy.get_concrete_function(tf.TensorSpec(network.input_shape[1:]))
+
+
+# --- Training ---
+# An episode at a time: play it, weight its actions by what followed them, call train_on_batch.
 
 
 def get_action(policy, state):
     """Draw an action for a state (n,), float32, with the probabilities of the policy."""
     softmax_out = policy(tf.constant(state)).numpy()
-    return np.argmax(np.cumsum(softmax_out) > np.random.random())  # 0 where they are nan
+    return np.argmax(np.cumsum(softmax_out) > np.random.random())  # np.random.choice takes longer
 
 
-def discounted_returns(rewards, gamma):
-    """Return G_t = r_t + gamma r_(t+1) + gamma^2 r_(t+2) + ... of the rewards (length,)."""
+def collect_episode(env, policy, max_steps):
+    """Play an episode; return its states (length, n), actions (length,) and rewards (length,)."""
+    (state, _), steps, ended = env.reset(), [], False
+    while not ended:
+        action = get_action(policy, state)
+        next_state, reward, terminated, truncated, _ = env.step(action)
+        steps.append((state, action, reward))
+        state = next_state
+        ended = terminated or truncated or len(steps) == max_steps
+    return [np.array(column) for column in zip(*steps)]
+
+
+def discounted_returns(rewards, gamma, pong):
+    """Return G_t = r_t + gamma r_(t+1) + gamma^2 r_(t+2) + ... of the rewards (length,).
+
+    Each point of Pong, a reward of 1 or -1, starts a new rally: no return reaches beyond it.
+    """
     returns, reward_sum = np.zeros(len(rewards)), 0.0
     for t in reversed(range(len(rewards))):
-        returns[t] = reward_sum = rewards[t] + gamma * reward_sum
+        if pong and rewards[t] != 0:
+            reward_sum = 0.0
+        reward_sum = rewards[t] + gamma * reward_sum
+        returns[t] = reward_sum
     return returns
 
 
@@ -281,139 +219,348 @@ def standardise(returns):
     return (returns - np.mean(returns)) / max(np.std(returns), 1e-8)
 
 
-def play_episode(env, act, limit=None):
-    """Play at most `limit` steps with act(state) -> action; return states, actions, rewards."""
-    (state, _), steps, ended = env.reset(), [], False
-    while not ended:
-        action = act(state)
-        new_state, reward, terminated, truncated, _ = env.step(action)
-        steps.append((state, action, reward))
-        state, ended = new_state, terminated or truncated or len(steps) == limit
-    return [np.array(values) for values in zip(*steps)]  # (length, n), (length,), (length,)
+def take_over(log, episodes):
+    """Let a training that goes on start from the first `episodes` episodes of the run."""
+    history, seconds = log.arm["history"], log.arm["runs"][0]["seconds"]
+    for values in history.values():
+        del values[episodes:]  # what was played after the network had been saved is played again
+    log.record["history"], log.record["seconds"] = history, seconds
+    log.arm["runs"] = [log.record]
+    log.episodes = episodes
+    log.start -= seconds
 
 
-# --- Training ---
-def show_identity(args, run_dir, results):
-    """Part 1: record the errors of two estimates, in lengths of the exact gradient."""
-    start = time.perf_counter()
-    keras.utils.set_random_seed(args.seed)
-    states, rewards = np.random.normal(size=(8, 3)), np.random.normal(size=(8, 4))
-    policy = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "softmax", use_bias=False)])
-    q = policy(states).numpy()
-    exact = exact_gradient(q, states, rewards)
-    # Every action in every state, by its probability. Keras divides by 8 * 4, not by 8
-    all_states, all_actions = np.repeat(states, 4, axis=0), np.tile(np.eye(4), (8, 1))
-    weighted = weighted_ce_gradient(policy, all_states, all_actions, 4 * np.ravel(q * rewards))
-    weighted_error = np.linalg.norm(weighted - exact) / np.linalg.norm(exact)
-    history = {"samples": [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000], "error": []}
-    for n in history["samples"]:
-        draws = [monte_carlo_gradient(policy, states, rewards, n) - exact for _ in range(30)]
-        error = np.linalg.norm(draws) / np.sqrt(30) / np.linalg.norm(exact)  # root of mean square
-        history["error"].append(error)
-        tf.summary.scalar("error", error, step=n)
-    slope = np.polyfit(np.log(history["samples"]), np.log(history["error"]), 1)[0]
-    print(f"weighted: off by {weighted_error:.0e}; N samples: by N^{slope:.3f}, expected N^-0.5")
-    final = {"weighted_error": weighted_error, "sampled_error": error, "slope": slope}
-    seconds = time.perf_counter() - start
-    results["arms"]["identity"] = {"history": history, "final": final, "seconds": seconds}
+def save_agent(network, run):
+    """Replace results.json, then the saved network: it never has an episode that the file lacks."""
+    run.write()
+    temporary = run.folder / "agent.tmp.keras"
+    network.save(temporary)
+    os.replace(temporary, run.folder / "agent.keras")
 
 
-def open_checkpoint(run_dir, **objects):
-    """Restore the objects from the run's last checkpoint, if it has one; return its manager.
-
-    Raises OSError if it is damaged.
-    """
-    directory = run_dir / "checkpoint"
-    manager = tf.train.CheckpointManager(tf.train.Checkpoint(**objects), str(directory), 1)
-    try:
-        manager.restore_or_initialize()
-    except Exception as error:  # half a file raises whatever its bytes lead to
-        raise OSError(f"{directory} is damaged; delete it to train anew") from error
-    return manager
-
-
-def train(args, run_dir, results):
-    """Part 2: train the agent to args.epochs episodes, from its checkpoint if it has one."""
-    keras.utils.set_random_seed(args.seed)
+def train_agent(seed, run):
+    """Train an agent; record its episodes and final numbers; save the first one's network."""
+    args, path = run.args, run.folder / "agent.keras"
     pong = args.env == "ALE/Pong-v5"
-    env = (make_pong if pong else make_env)("rgb_array")
-    network = build_model(pong, env.observation_space.shape[0])
-    policy, done = compile_policy(network), tf.Variable(0, dtype=tf.int64)
-    manager = open_checkpoint(run_dir, model=network, optimizer=network.optimizer, episodes=done)
-    record = results["arms"].setdefault("agent", {"history": {}, "final": {}, "seconds": 0.0})
-    names = "reward", "avg loss", "steps"  # what came after the checkpoint is played again
-    history = record["history"] = {n: record["history"].get(n, [])[: int(done)] for n in names}
-    start = time.perf_counter() - record["seconds"]
-    left = (args.max_steps or np.inf) - sum(history["steps"])
-    env.reset(seed=args.seed + int(done))
-    while done < args.epochs and left:
-        states, actions, rewards = play_episode(env, lambda s: get_action(policy, s), left)
-        points = np.split(rewards, np.flatnonzero(rewards) + 1) if pong else [rewards]
-        returns = [discounted_returns(point, GAMMA[args.env]) for point in points]
-        advantages = standardise(np.concatenate(returns))
+    keras.utils.set_random_seed(seed)
+    env = make_pong() if pong else make_cartpole()
+    network = build_pong_model() if pong else build_cartpole_model()
+    log = EpisodeLog(run, "agent", seed)
+    if args.resume:
+        network = keras.models.load_model(path) if path.exists() else network
+        # The calls of train_on_batch; `iterations` would be the steps, one in ten games of Pong
+        take_over(log, int(network.optimizer.variables[0]))
+    policy = compile_policy(network)
+    steps = sum(log.record["history"].get("steps", []))
+    max_steps = args.max_steps or math.inf
+    env.reset(seed=seed + log.episodes)
+    while log.episodes < args.epochs and steps < max_steps:
+        states, actions, rewards = collect_episode(env, policy, max_steps - steps)
+        advantages = standardise(discounted_returns(rewards, GAMMA[args.env], pong))
         loss = network.train_on_batch(states, np.eye(2)[actions], sample_weight=advantages)
-        left -= len(rewards)
-        done.assign_add(1)
-        for name, value in zip(history, (sum(rewards), float(loss), len(rewards))):
-            history[name].append(value)
-            tf.summary.scalar(name, value, step=done)
-        if done % BATCH_SIZE == 0 or done == args.epochs or not left:
-            record["seconds"] = time.perf_counter() - start
-            write_results(run_dir, results)
-            manager.save()
-            print(f"episode {int(done)}/{args.epochs}: reward {sum(rewards):<4g}", end=LINE_END)
-    env.reset(seed=args.seed)  # the greedy games do not depend on how often training went on
-    if args.gif:
-        env = wrappers.RenderCollection(env)  # of the latest game
-    greedy = [sum(play_episode(env, lambda s: np.argmax(policy(s)))[-1]) for _ in range(10)]
-    if args.gif:
-        gif, *rest = (keras.utils.array_to_img(frame, scale=False) for frame in env.render())
-        gif.save(run_dir / "agent.gif", save_all=True, append_images=rest, duration=40, loop=0)
-    final = {"reward": np.mean(history["reward"][-100:]), "greedy_reward": np.mean(greedy)}
-    speed = sum(history["steps"]) / record["seconds"]
-    record["final"] = final | {"parameters": network.count_params(), "steps_per_second": speed}
-    network.save(run_dir / "agent.keras")
+        steps += len(rewards)
+        reward = float(sum(rewards))
+        log.add({"reward": [reward], "avg loss": [float(loss)], "steps": [len(rewards)]})
+        if log.episodes % BATCH_SIZE == 0 and seed == args.seed:
+            save_agent(network, run)
+    if seed == args.seed:
+        save_agent(network, run)
+    env.reset(seed=seed)  # so the greedy games do not depend on how often the training went on
+    log.finish(evaluate(env, policy, log, network))
+    if args.gif and seed == args.seed:
+        save_gif(env, lambda s: np.argmax(policy(tf.constant(s))), run.folder / "agent.gif")
 
 
-# --- Plots ---
-def plot(run_dir, results):
-    """Draw the error of the sampled gradient (part 1) and the agent's rewards (part 2)."""
-    for arm, record in results["arms"].items():
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        if arm == "identity":
-            samples, errors = map(np.array, record["history"].values())
-            axes.loglog(samples, errors, "o", label=f"found: N^{record['final']['slope']:.3f}")
-            axes.loglog(samples, errors[0] * (samples[0] / samples) ** 0.5, label="theory: N^-0.5")
-            axes.set(title="The sampled gradient", xlabel="samples N", ylabel="relative error")
-        else:
-            rewards = record["history"]["reward"]
-            averages = [np.mean(rewards[: i + 1][-20:]) for i in range(len(rewards))]
-            axes.plot(rewards, alpha=0.3, label="an episode")
-            axes.plot(averages, label="mean of 20")
-            axes.set(title=f"The agent on {results['data']}", xlabel="episode", ylabel="reward")
-        axes.legend()
-        save_figure(figure, run_dir / f"{arm}.png")
+def evaluate(env, policy, log, network):
+    """Play ten greedy episodes; return the final numbers of a training."""
+    rewards = [play(env, lambda s: np.argmax(policy(tf.constant(s)))) for _ in range(10)]
+    history = log.record["history"]
+    return {
+        "reward": statistics.mean(history["reward"][-100:]),
+        "greedy_reward": statistics.mean(rewards),
+        "parameters": network.count_params(),
+        "steps_per_second": sum(history["steps"]) / log.record["seconds"],
+    }
 
 
-# --- Main ---
+# --- Figures ---
+# One for each arm; the article has none.
+
+
+def plot_identity(run):
+    """Draw the error of the sampled gradient by the number of samples."""
+    record = run.results["arms"]["identity"]
+    samples, errors = np.array(record["history"]["samples"]), np.array(record["history"]["error"])
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.loglog(samples, errors, "o", label=f"measured: N^{record['final']['slope']:.3f}")
+    axes.loglog(samples, errors[0] * (samples[0] / samples) ** 0.5, label="theory: N^-0.5")
+    axes.set(title="The sampled gradient", xlabel="samples N", ylabel="relative error")
+    axes.legend()
+    figure.savefig(run.folder / "identity.png")
+
+
+def plot_agent(run):
+    """Draw the rewards of the agent by episode."""
+    arms = {"agent": run.results["arms"]["agent"]}  # the identity has no episodes
+    figure, axes = plot_episodes(argparse.Namespace(results={"arms": arms}), "reward")
+    axes.set_title(f"The agent on {run.args.env}")
+    figure.savefig(run.folder / "agent.png")
+
+
+# --- Command line ---
+
+
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    args = parse_args(argv)
-    if args.resume:
-        args, run_dir, results = resume_run(args, argv)
-    device = select_device(args.device)
-    if not args.resume:
-        run_dir, results = new_run_dir(args, args.env, device)
-    for arm, part in {"identity": show_identity, "agent": train}.items():
-        if arm in args.arms and (arm == "agent" or arm not in results["arms"]):
-            with tf.summary.create_file_writer(str(run_dir / arm)).as_default():
-                part(args, run_dir, results)
-    plot(run_dir, results)
-    results["complete"] = True
-    write_results(run_dir, results)
-    report(run_dir, results)
-    return {arm: record["final"] for arm, record in results["arms"].items()}
+    parser = make_parser("--epochs", "--episodes", default=1500)
+    add = parser.add_argument
+    add("--max-steps", type=int, help="end a training after this many environment steps")
+    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
+    add("--env", choices=GAMMA, default="CartPole-v1", help="what the agent plays")
+    add("--runs", type=int, default=1, help="trainings of each arm, with seeds that follow")
+    add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="parts to run")
+    add("--gif", action="store_true", help="save an episode of each arm as an animation")
+    args, results = read_run(parser, argv)
+    if args.resume and args.runs > 1:
+        parser.error("argument --resume: only a run with --runs 1 can go on")
+    with Run(args, args.env, results=results) as run:
+        if "identity" in args.arms and "identity" not in run.results["arms"]:
+            show_identity(run)
+            plot_identity(run)
+        if "agent" in args.arms:
+            for seed in range(args.seed, args.seed + args.runs):
+                train_agent(seed, run)
+            plot_agent(run)
+        return run.report()
+
+
+# --- Frame: flags, faults, folder and results; the same text in every script ---
+
+
+def make_parser(*names, default):
+    """Return a parser with the flags of every script; `names` are those of the first one."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
+    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
+    return parser
+
+
+def parse_flags(parser, argv):
+    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
+        argv = []
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
+        if type(value) in (int, float) and not lowest <= value < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+    return args
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        fail(2, f"error: argument --device: too late for {name}; restart Python first")
+    return ", ".join(gpu.name for gpu in chosen) or "CPU"
+
+
+def fail(code, line):
+    """End the run with one line on stderr and an exit code."""
+    print(line, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+class Run:
+    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+
+    def __init__(self, args, data, several=False, results=None):
+        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+            sys.stdout.reconfigure(line_buffering=True)
+        if "://" in args.logdir:
+            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
+        self.args, device = args, select_device(args.device, several)
+        if results:
+            self.folder = pathlib.Path(args.resume)
+        else:
+            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+            while self.folder.exists():  # two runs may start in one second
+                self.folder = self.folder.with_name(f"{self.folder.name}-2")
+            versions = {module.__name__: module.__version__ for module in MODULES}
+            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
+            results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results = results | {"config": vars(args), "device": device, "complete": False}
+        with self:  # this writes results.json
+            self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # its reader is gone, and Python would flush it at the end
+        if isinstance(error, OSError):
+            fail(1, f"error: {kind.__name__}: {error}")
+        if kind is not SystemExit:
+            self.write()
+        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
+            fail(130, f"interrupted; what was finished is in {self.folder}")
+
+    def write(self):
+        """Replace results.json in one step, unless a number in it is not finite."""
+        try:
+            text = json.dumps(self.results, indent=1, allow_nan=False)
+        except ValueError:
+            fail(1, "error: a loss or a metric is not finite; try another --seed")
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / "results.json")
+
+    def report(self):
+        """Print the results beside the article's and how to go on; return the final numbers."""
+        self.results["complete"] = True
+        self.write()
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        for arm, record in self.results["arms"].items():
+            columns = (
+                record["final"],
+                self.results["article"].get(arm, {}),
+                record.get("spread", {}),
+            )
+            for metric in record["final"]:
+                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
+                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+        for path in sorted(self.folder.glob("*.*")):
+            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
+        print(f'tensorboard --logdir "{self.folder}"')
+        return {arm: record["final"] for arm, record in self.results["arms"].items()}
+
+
+# --- Frame, resume: the same text in every script that can go on after an interruption ---
+
+
+def read_run(parser, argv):
+    """Return the flags, and the results of the run that --resume names, or None.
+
+    That run's flags hold. Only --epochs, --max-steps and --device may be given anew.
+    """
+    args = parse_flags(parser, argv)
+    if args.resume is None:
+        return args, None
+    try:
+        results = json.loads(pathlib.Path(args.resume, "results.json").read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {error}")
+    if results["script"] != SCRIPT:
+        parser.error(f"argument --resume: {args.resume} is a run of {results['script']}.py")
+    parser.set_defaults(**results["config"])
+    args = parse_flags(parser, argv)
+    for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+        if getattr(args, name) != results["config"][name]:
+            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to go on with")
+    return args, results
+
+
+# --- Frame, episodes: the same text in every CartPole script ---
+
+
+class EpisodeLog:
+    """Keeps the episodes of one training, in results.json, in TensorBoard and on the screen."""
+
+    def __init__(self, run, arm, seed):
+        self.run, self.name, self.episodes = run, f"{arm}, seed {seed}", 0
+        self.record = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
+        new = {"history": self.record["history"], "final": {}, "seconds": 0.0, "runs": []}
+        self.arm = run.results["arms"].setdefault(arm, new)
+        self.arm["runs"].append(self.record)
+        self.writer = tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
+        self.start = self.written = time.perf_counter()
+
+    def add(self, values, note=""):
+        """Record an episode, {tag: list of numbers}: their mean, or None where there are none."""
+        self.episodes += 1
+        means = {tag: statistics.mean(v) if v else None for tag, v in values.items()}
+        with self.writer.as_default(step=self.episodes):
+            for tag, mean in means.items():
+                self.record["history"].setdefault(tag, []).append(mean)
+                if mean is not None:
+                    tf.summary.scalar(tag, mean)
+        if self.episodes % max(1, self.run.args.epochs // 20) == 0:
+            line = ", ".join(f"{tag} {mean:.4g}" for tag, mean in means.items() if values[tag])
+            print(f"{self.name}, episode {self.episodes}: {line}{note}")
+        now = time.perf_counter()
+        self.record["seconds"] = now - self.start
+        if now - self.written > 3:
+            self.run.write()
+            self.written = now
+
+    def finish(self, final):
+        """Record the final numbers of this training; the arm's are the means over its runs."""
+        self.record["final"] = final
+        runs = self.arm["runs"]
+        self.arm["seconds"] = sum(run["seconds"] for run in runs)
+        for metric in final:
+            values = [run["final"][metric] for run in runs]
+            self.arm["final"][metric] = statistics.mean(values)
+            if len(runs) > 1:
+                self.arm.setdefault("spread", {})[metric] = statistics.stdev(values)
+        self.run.write()
+
+
+def play(env, policy):
+    """Play an episode with policy(state) -> action; return the sum of its rewards."""
+    (state, _), total, ended = env.reset(), 0.0, False
+    while not ended:
+        state, reward, terminated, truncated, _ = env.step(policy(state))
+        total += reward
+        ended = terminated or truncated
+    return total
+
+
+def save_gif(env, policy, path):
+    """Play an episode and save it as an animation."""
+    env = gymnasium.wrappers.RenderCollection(env)
+    play(env, policy)
+    first, *others = [keras.utils.array_to_img(picture) for picture in env.render()]
+    first.save(path, save_all=True, append_images=others, duration=20, loop=0)
+
+
+def moving_average(values):
+    """Return the mean of each value and of up to 19 before it; None is not a number."""
+    values = np.array(values, "float64")
+    return np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
+
+
+def plot_episodes(run, metric):
+    """Return a figure and its axes: a metric of each arm, its mean and spread over the runs."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm, record in run.results["arms"].items():
+        histories = [training["history"][metric] for training in record["runs"]]
+        length = min(len(history) for history in histories)
+        averages = np.array([moving_average(history[:length]) for history in histories])
+        mean, spread = averages.mean(axis=0), averages.std(axis=0)  # (length,)
+        axes.plot(mean, label=arm)
+        axes.fill_between(range(length), mean - spread, mean + spread, alpha=0.2)
+    axes.set(xlabel="episode", ylabel=f"{metric} (mean of 20 episodes)")
+    axes.legend()
+    return figure, axes
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    main()

@@ -147,11 +147,12 @@ def build_model(arm):
 # Both networks are trained alike. As in the article, an epoch is 195 of the 781 batches of a pass.
 
 
-def write_kernels(model, epoch):
+def write_kernels(model, writer, epoch):
     """Write the 32 kernels of the first convolution to TensorBoard, as images of 3 x 3 pixels."""
     kernels = tf.transpose(model.layers[1].kernel, (3, 0, 1, 2))  # (32, 3, 3, 3)
     lowest, highest = tf.reduce_min(kernels), tf.reduce_max(kernels)
-    tf.summary.image("kernels", (kernels - lowest) / (highest - lowest), epoch, max_outputs=32)
+    with writer.as_default(step=epoch):
+        tf.summary.image("kernels", (kernels - lowest) / (highest - lowest), max_outputs=32)
 
 
 def train(arm, run, strategy, train_data, test_data):
@@ -161,22 +162,21 @@ def train(arm, run, strategy, train_data, test_data):
     train_dataset, valid_dataset = make_datasets(train_data, test_data, args.batch_size, args.seed)
     with strategy.scope():
         model = keras.models.load_model(path) if path.exists() else build_model(arm)
-    kernels = keras.callbacks.LambdaCallback(on_epoch_end=lambda e, _: write_kernels(model, e))
-    with tf.summary.create_file_writer(str(run.folder / arm)).as_default():
-        model.fit(
-            train_dataset,
-            epochs=args.epochs,
-            initial_epoch=int(model.optimizer.iterations) // args.steps_per_epoch,
-            steps_per_epoch=args.steps_per_epoch,
-            validation_data=valid_dataset,
-            shuffle=False,  # the dataset does it
-            verbose=1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2,
-            callbacks=[
-                keras.callbacks.TensorBoard(run.folder / arm),
-                SaveEpochs(run, arm),
-                kernels,
-            ],
-        )
+    epochs_done = int(tf.convert_to_tensor(model.optimizer.iterations)) // args.steps_per_epoch
+    writer = tf.summary.create_file_writer(str(run.folder / arm))
+    kernels = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, _: write_kernels(model, writer, epoch)
+    )
+    model.fit(
+        train_dataset,
+        epochs=args.epochs,
+        initial_epoch=epochs_done,
+        steps_per_epoch=args.steps_per_epoch,
+        validation_data=valid_dataset,
+        shuffle=False,  # the dataset does it
+        verbose=1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2,
+        callbacks=[keras.callbacks.TensorBoard(run.folder / arm), SaveEpochs(run, arm), kernels],
+    )
     record = run.results["arms"][arm]
     record["final"] = {metric: values[-1] for metric, values in record["history"].items()}
     record["final"]["parameters"] = model.count_params()
@@ -204,7 +204,8 @@ def plot(run):
 def make_strategy(run):
     """Return how batches are shared: over TF_CONFIG's machines, over all devices, or not at all."""
     if run.args.device == "all":
-        return tf.distribute.MirroredStrategy()
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        return tf.distribute.MirroredStrategy(devices)
     if "TF_CONFIG" not in os.environ:
         return tf.distribute.get_strategy()
     try:
@@ -283,7 +284,7 @@ def select_device(name, several):
 def fail(code, line):
     """End the run with one line on stderr and an exit code."""
     print(line, file=sys.stderr)
-    sys.exit(code)
+    raise SystemExit(code) from None
 
 
 class Run:
@@ -316,9 +317,12 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
             fail(1, f"error: {kind.__name__}: {error}")
-        self.write()
+        if kind is not SystemExit:
+            self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             fail(130, f"interrupted; what was finished is in {self.folder}")
 
@@ -336,7 +340,7 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<24}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
             columns = (
                 record["final"],
@@ -345,7 +349,7 @@ class Run:
             )
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<24}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')

@@ -2,254 +2,88 @@
 
 Article: "Transfer learning in TensorFlow 2 tutorial" (Adventures in Machine Learning).
 
-A network trained on ImageNet has features that other tasks can use. Here ResNet50 without its top
-is frozen; behind it stand global average pooling and one neuron, which alone is trained.
+A network that was trained on the photographs of ImageNet has learned features that help with others
+too. Here ResNet50 is frozen, and in the place of its top stand global average pooling and a single
+neuron, which is all that is trained.
 
     python transfer_resnet50.py                  # both networks, 7 epochs each; fetches 900 MB
     python transfer_resnet50.py --synthetic --weights none --epochs 2   # without a download
 
-Measured, seeds 0 to 2: the small network ends at 0.878 +- 0.001 in training, 0.765 +- 0.054 in
-validation, 0.787 +- 0.062 in test; validation swings by 0.1 from one epoch to the next.
-Not measured: ResNet50's, for ImageNet's weights were not at hand.
+Result, seeds 0 to 2: the small network ends at 0.878 +- 0.001 in training, 0.765 +- 0.054 in
+validation and 0.787 +- 0.062 in test. ResNet50 was not measured: its weights were not at hand.
 
 Differences from the article:
 1. ResNet50 gets what its weights were trained on, BGR minus ImageNet's mean colour. The article
-   gives it RGB in 0..1 (`--preprocess article`).
-2. The base is frozen and nothing alters the images, so their features never change: they are
-   computed once (`--no-cache-features`: in each epoch, as in the article), also when resuming.
-3. Validation counts each image once, not ten batches of 1,000 out of a repeated 2,326.
-4. The test images, which the article sets aside and forgets, are evaluated once, at the end.
-5. Images are decoded and resized once and kept in memory as whole grey levels: the rounding moves
-   a pixel by 0.5 / 255 at most. The models divide by 255, so that they take pixels, 0..255.
+   gives it RGB from 0 to 1 (`--preprocess article`).
+2. The features of a frozen network never change, so they are computed once, and the last layer is
+   trained on them (`--no-cache-features`: computed in each epoch, as in the article).
+3. Each validation image counts once; the article's ten batches of 1,000 repeat its 2,326 images.
+4. The test images, which the article forgets, are evaluated once, at the end.
+5. Images are decoded once and kept as whole grey levels. The networks take pixels from 0 to 255.
 6. All training images are shuffled together, not within a window of 1,000.
-Kept: the small network's pooling is 2x2, not global; an epoch is 1.25 passes (see the steps).
 """
 
 # /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
-#     "tensorflow-datasets>=4.9.8,<5", "importlib_resources>=6", "matplotlib>=3.9,<4",
-# ]
+# requires-python = ">=3.10,<3.14"
+# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3", "numpy>=2,<3",
+#     "tensorflow-datasets>=4.9.8,<5", "importlib_resources>=6", "matplotlib>=3.9,<4"]
 # ///
 
 import argparse
-import contextlib
-import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-import urllib.request
 
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, and TensorFlow Datasets with it.
+# Both work together all the same. This line can go once Colab has protobuf 6.31.
+os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
 import matplotlib.pyplot as plt
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from keras import layers
-from keras.applications import resnet50
 
-# --- Constants ---
+layers = keras.layers
+resnet50 = keras.applications.resnet50
 
 SCRIPT = "transfer_resnet50"
-PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
-ARTICLE = {
+MODULES = (tf, keras, np)  # results.json names their versions
+ARTICLE = {  # at epoch 7
     "cnn": {"accuracy": 0.89, "val_accuracy": 0.85},
     "resnet50": {"accuracy": 0.9012, "val_accuracy": 0.8875},
 }
-SPLITS = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
-URL = "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
-ARCHIVE = "kagglecatsanddogs_5340.zip"
 IMAGE_SIZE = 100
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
-
-# --- Command line ---
-
-
-def build_parser():
-    """Return the parser of this script's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    first_line = str(__doc__).partition("\n")[0]
-    parser = OneLineParser(description=first_line, formatter_class=style, allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=7, help="epochs of each arm")
-    add("--device", default="auto", help="auto, cpu, gpu, gpu:N or all")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
-    add("--steps-per-epoch", type=number(int, 1), help="batches an epoch; None: all images' worth")
-    add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--batch-size", type=number(int, 1), default=64, help="images a batch")
-    add("--data-dir", help="folder where TFDS has prepared cats_vs_dogs; None: TFDS's own")
-    add("--weights", default="imagenet", help="imagenet, none (random) or a file, for ResNet50")
-    add("--preprocess", choices=["imagenet", "article"], default="imagenet", help="its pixels")
-    add("--no-cache-features", action="store_true", help="run ResNet50 again in each epoch")
-    add("--arms", nargs="+", choices=list(ARTICLE), default=list(ARTICLE), help="networks to train")
-    return parser
-
-
-def parse_args(argv):
-    """Parse `argv` strictly; None stands for the command line, in a notebook cell for no flags."""
-    if argv is None and "__file__" not in globals():
-        argv = []  # there sys.argv belongs to the kernel
-    return build_parser().parse_args(argv)
-
-
-# --- Shared helpers: the same text in every script that has them ---
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a bad flag in one line and exits with code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def number(kind, low, high=2**31 - 1):
-    """Return an argparse type: an int or float (`kind`) from `low` to `high`, both included."""
-
-    def number(text):  # argparse takes "invalid number value" from this name
-        if not low <= kind(text) <= high:  # nan is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def select_device(device, several=False):
-    """Let TensorFlow see only the device of --device ("all" if `several`); return its name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | {f"gpu:{i}": [gpu] for i, gpu in enumerate(gpus)}
-    choices |= {"all": gpus} if several else {}
-    chosen = choices.get("gpu:0" if device == "gpu" else device)
-    if chosen is None:
-        build_parser().error(f"argument --device: {device} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has started in this process
-        build_parser().error(f"argument --device: too late for {device}; restart Python first")
-    return ", ".join(gpu.name.removeprefix("/physical_device:") for gpu in chosen) or "CPU"
-
-
-def new_run_dir(args, data, device):
-    """Make the folder of this run, <logdir>/<script>/<time>; return it and the results so far."""
-    name = time.strftime("%Y%m%d-%H%M%S") + ("-synthetic" if data == "synthetic" else "")
-    for count in itertools.count():  # two runs may start in the same second
-        run_dir = pathlib.Path(args.logdir, SCRIPT, f"{name}-{count}" if count else name)
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            break
-    results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data, "arms": {}}
-    results["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
-    results |= {"article": {} if data == "synthetic" else ARTICLE, "complete": False}
-    write_results(run_dir, results)
-    print(f"{SCRIPT} on {data}, device {device}, writes to {run_dir}")
-    return run_dir, results
-
-
-def write_results(run_dir, results):
-    """Replace results.json in one step; keep it, and raise FloatingPointError, for nan or inf."""
-    try:
-        text = json.dumps(results, indent=1, allow_nan=False)
-    except ValueError:
-        raise FloatingPointError("the loss is not finite; try another --seed") from None
-    temporary = run_dir / "results.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, run_dir / "results.json")
-
-
-def save_figure(figure, path):
-    """Save a figure as PNG; show it too where this runs in a notebook."""
-    figure.savefig(path, dpi=100)
-    if "inline" in plt.get_backend():
-        plt.show()
-    plt.close(figure)
-
-
-def report(run_dir, results):
-    """Print the final values beside the article's, the files, and how to see the events."""
-    print(f"\n{SCRIPT} on {results['data']}, epochs: {results['config']['epochs']}")
-    print(f"{'arm':<16}{'metric':<32}{'here':>12}{'article':>12}{'spread':>12}")
-    for arm, record in results["arms"].items():
-        final, article = record["final"], results["article"].get(arm, {})
-        for metric in final | article:
-            values = final.get(metric), article.get(metric), record.get("spread", {}).get(metric)
-            cells = ("-" if value is None else f"{round(value, 4):,}" for value in values)
-            print("{:<16}{:<32}{:>12}{:>12}{:>12}".format(arm, metric, *cells))
-    print(*sorted(map(str, run_dir.glob("*.*"))), f"tensorboard --logdir {run_dir}", sep="\n")
-
-
-def run_as_command(main):
-    """Call `main`; a fault that can be foreseen ends in one line and an exit code."""
-    try:
-        return main()
-    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
-        code, message = 130, "interrupted: what had been finished is in the run's folder"
-    except (OSError, FloatingPointError, tf.errors.ResourceExhaustedError) as error:
-        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
-        ours = not error.args[1:] and not hasattr(error, "op")
-        code, message = 1, f"error: {reason}" + ("" if ours else "; see to that path and its disk")
-    print(message, file=sys.stderr)
-    if "__file__" in globals():  # a notebook's kernel stays usable
-        sys.exit(code)
-
-
-# --- Resuming: the same text in every script that has --resume ---
-
-
-def resume_run(args, argv):
-    """Return (args, run_dir, results) of the run in --resume: only --epochs and --device change."""
-    parser, run_dir, results = build_parser(), pathlib.Path(args.resume), {}
-    with contextlib.suppress(OSError, ValueError):
-        results = json.loads((run_dir / "results.json").read_text())
-    if results.get("script") != SCRIPT:
-        parser.error(f"argument --resume: {run_dir} holds no run of {SCRIPT}.py that can be read")
-    args = parser.parse_args(argv, argparse.Namespace(**results["config"]))
-    for name in results["config"].keys() - {"epochs", "device", "resume"}:
-        if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to resume")
-    results |= {"config": vars(args), "complete": False}
-    old = [f"{p} {v}" for p, v in results["versions"].items() if importlib.metadata.version(p) != v]
-    print(f"{SCRIPT} goes on in {run_dir}" + (f"; warning: it was begun with {old}" if old else ""))
-    return args, run_dir, results
-
-
-class Recorder(keras.callbacks.Callback):
-    """Restores the last checkpoint; after each epoch writes results.json, then a checkpoint."""
-
-    def __init__(self, model, run_dir, results, arm):
-        super().__init__()
-        self.run_dir, self.results, self.start = run_dir, results, time.perf_counter()
-        self.record = results["arms"].setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
-        self.epochs_done = tf.Variable(0, dtype=tf.int64)
-        model.optimizer.build(model.trainable_variables)  # else its moments have no place yet
-        state = {"model": model, "optimizer": model.optimizer, "epochs_done": self.epochs_done}
-        folder = str(run_dir / "checkpoint" / arm)
-        self.manager = tf.train.CheckpointManager(tf.train.Checkpoint(**state), folder, 1)
-        try:
-            self.manager.restore_or_initialize()
-        except Exception as error:  # half a file raises whatever its bytes lead to
-            raise OSError(f"{folder} is damaged; delete it to train {arm} anew") from error
-
-    def on_epoch_end(self, epoch, logs=None):
-        now = time.perf_counter()
-        self.record["seconds"] += now - self.start
-        self.start = now
-        for metric, value in logs.items():  # a repeated epoch takes the place of its first try
-            self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
-        write_results(self.run_dir, self.results)
-        self.epochs_done.assign(epoch + 1)
-        self.manager.save()
-
+SYNTHETIC_COUNTS = (160, 24, 16)  # images to train, to validate and to test
+VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or lines
 
 # --- Data ---
+# The photographs have many sizes. They are labelled 0 for a cat and 1 for a dog.
+
+
+def load_data(args):
+    """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
+    if args.synthetic:
+        return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
+    if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
+        remedy = 'pip install "tensorflow-metadata<1.18", then restart Python'
+        fail(1, f"error: tensorflow_datasets failed on import; if protobuf is too old: {remedy}")
+    print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
+    split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
+    try:
+        return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
+    except Exception as error:  # TFDS has many types of its own
+        advice = "put kagglecatsanddogs_5340.zip into downloads/manual in TFDS's folder"
+        reason = f"{type(error).__name__}: {error}"
+        fail(1, f"error: no cats_vs_dogs ({reason}); {advice}, or use --synthetic")
 
 
 def synthetic_photographs(count):
-    """Return a dataset of made-up images (h, w, 3), uint8: bands that lie (0) or stand (1)."""
+    """Return made-up images (height, width, 3), uint8: bands that lie (0) or stand (1)."""
 
     def draw(i):
         bands = tf.random.stateless_uniform([8, 1, 3], (count, i), 0.0, 255.0)
@@ -260,161 +94,366 @@ def synthetic_photographs(count):
     return tf.data.Dataset.range(count).map(draw)
 
 
+def plot_samples(run, cat_train):
+    """Draw two of the images, in their own sizes."""
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    for axis, (image, _) in zip(axes, cat_train.take(2)):
+        axis.imshow(image)
+        axis.set(title=f"{image.shape[1]} x {image.shape[0]} pixels")
+    figure.savefig(run.folder / "samples.png")
+
+
 def pre_process_image(image, label):
-    """Resize an image (height, width, 3) to (100, 100, 3), rounded to uint8; pass the label on."""
-    image = tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE))  # bilinear, float32
+    """Resize an image to (100, 100, 3) and round it to uint8, which needs little memory."""
+    image = tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE))  # float32
     return tf.cast(tf.round(image), tf.uint8), label
 
 
-def load_data(args):
-    """Return the training, validation and test sets, and ResNet50 without its top, frozen.
-
-    The sets yield images (100, 100, 3), uint8, and labels; all are read once, into their caches.
-    Raises OSError where images or weights can be neither found nor fetched, or are damaged.
-    """
-    folder = args.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    what = f"{folder}/cats_vs_dogs"
-    advice = f"delete it if damaged, put {ARCHIVE} in {folder}/downloads/manual, or use --synthetic"
-    try:
-        if args.synthetic:
-            sets = [synthetic_photographs(count) for count in (160, 24, 16)]
-        else:
-            builder = tfds.builder("cats_vs_dogs", data_dir=args.data_dir)
-            by_hand = builder.data_path.parents[1] / "downloads" / "manual" / ARCHIVE
-            if not (args.data_dir or builder.data_path.exists() or by_hand.exists()):
-                urllib.request.urlopen(URL + ARCHIVE, timeout=20).close()  # TFDS tries for minutes
-            where = {"data_dir": args.data_dir, "download": not args.data_dir or by_hand.exists()}
-            sets = tfds.load("cats_vs_dogs", split=SPLITS, as_supervised=True, **where)
-        sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE).cache() for dataset in sets]
-        bar = keras.utils.Progbar(sum(map(len, sets)), verbose=VERBOSE, unit_name="image")
-        print(f"{bar.target} images, {bar.target * IMAGE_SIZE**2 * 3e-6:.0f} MB of memory")
-        for _ in itertools.chain(*sets):
-            bar.add(1)
-        what, advice = "the weights", "put that file in ~/.keras/models, or use --weights none"
-        base = None
-        if "resnet50" in args.arms:
-            weights = None if args.weights == "none" else args.weights
-            base = resnet50.ResNet50(False, weights, None, (IMAGE_SIZE, IMAGE_SIZE, 3))  # no top
-            base.trainable = False
-        return sets, base
-    except Exception as error:  # damaged files raise whatever their bytes lead to
-        reason = str(error).split("}} ")[-1].partition("\n")[0]  # TensorFlow's begin with {{...}}
-        raise OSError(f"{what} cannot be loaded ({reason}); {advice}") from None
-
-
-def batch_sets(sets, window, args):
-    """Return the sets in batches, the first shuffled within a window of images, and endless."""
-    train_dataset = sets[0].shuffle(window, seed=args.seed).repeat().batch(args.batch_size)
-    datasets = [train_dataset, *(dataset.batch(240) for dataset in sets[1:])]
-    return [dataset.prefetch(tf.data.AUTOTUNE) for dataset in datasets]
+def make_datasets(sets, batch_size, window, seed):
+    """Return the endless training set, and the validation and test sets, in batches."""
+    cat_train, cat_valid, cat_test = sets
+    cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
+    cat_valid = cat_valid.batch(240)  # 1,000 at once would take gigabytes
+    cat_test = cat_test.batch(240)
+    return [dataset.prefetch(tf.data.AUTOTUNE) for dataset in (cat_train, cat_valid, cat_test)]
 
 
 # --- Model ---
+# The small network learns everything from these photographs, the other one hardly anything.
 
 
 def build_head():
-    """Return the convolutional head: pixels (100, 100, 3), 0..255, to feature maps (10, 10, 64)."""
-    blocks = [keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3)), layers.Rescaling(1 / 255)]
-    for filters in (32, 32, 64):  # (49, 49, 32), (23, 23, 32), (10, 10, 64)
-        blocks += [layers.Conv2D(filters, 3), layers.BatchNormalization()]
-        blocks += [layers.Activation("relu"), layers.MaxPooling2D(2)]
-    return keras.Sequential(blocks, name="head")
+    """Return the convolutional head: pixels (100, 100, 3), 0 to 255, to maps (10, 10, 64)."""
+    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
+    head.add(layers.Rescaling(1 / 255))
+    head.add(layers.Conv2D(32, (3, 3)))  # (98, 98, 32)
+    head.add(layers.BatchNormalization())
+    head.add(layers.Activation("relu"))
+    head.add(layers.MaxPooling2D((2, 2)))  # (49, 49, 32)
+
+    head.add(layers.Conv2D(32, (3, 3)))  # (47, 47, 32)
+    head.add(layers.BatchNormalization())
+    head.add(layers.Activation("relu"))
+    head.add(layers.MaxPooling2D((2, 2)))  # (23, 23, 32)
+
+    head.add(layers.Conv2D(64, (3, 3)))  # (21, 21, 64)
+    head.add(layers.BatchNormalization())
+    head.add(layers.Activation("relu"))
+    head.add(layers.MaxPooling2D((2, 2)))  # (10, 10, 64)
+    return head
 
 
-def build_model(arm, base, preprocess):
-    """Return the network of an arm: pixels (100, 100, 3), 0..255, to the probability of a dog."""
-    if arm == "cnn":
-        average_pool = [layers.AveragePooling2D(2), layers.Flatten()]  # (5, 5, 64), (1600,)
-        return keras.Sequential([build_head(), *average_pool, layers.Dense(1, "sigmoid")])
-    inputs = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
-    x = inputs / 255.0 if preprocess == "article" else resnet50.preprocess_input(inputs)
-    x = layers.GlobalAveragePooling2D()(base(x, training=False))  # (4, 4, 2048) to (2048,)
-    return keras.Model(inputs, layers.Dense(1, "sigmoid")(x))
+def build_standard_model():
+    """Return the small network: from pixels to the probability of a dog."""
+    head = build_head()
+    average_pool = keras.Sequential()
+    average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
+    average_pool.add(layers.Flatten())  # (1600,)
+    average_pool.add(layers.Dense(1, activation="sigmoid"))
+    return keras.Sequential([head, average_pool])
+
+
+def build_res_net(weights, preprocess):
+    """Return the frozen ResNet50 without its top: from pixels to maps (4, 4, 2048)."""
+    pixels = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
+    inputs = resnet50.preprocess_input(pixels) if preprocess == "imagenet" else pixels / 255.0
+    weights = None if weights == "none" else weights
+    try:
+        res_net = resnet50.ResNet50(weights=weights, include_top=False, input_tensor=inputs)
+    except Exception as error:  # Keras raises a plain Exception where a download fails
+        advice = "put that file into ~/.keras/models, or use --weights none"
+        fail(1, f"error: no weights for ResNet50 ({type(error).__name__}: {error}); {advice}")
+    res_net.trainable = False
+    return res_net
+
+
+def build_tl_model(res_net):
+    """Return the network for transfer learning: from pixels to the probability of a dog."""
+    global_average_layer = layers.GlobalAveragePooling2D()
+    output_layer = layers.Dense(1, activation="sigmoid")
+    return keras.Sequential([res_net, global_average_layer, output_layer])
 
 
 # --- Training ---
+# As in the article, an epoch has as many batches as all three sets would fill: 1.25 passes.
 
 
-def compute_features(model, sets):
-    """Return the model's last layer as a network, and sets of what it gets: features (2048,)."""
-    extractor = keras.Model(model.input, model.layers[-1].input)
-    features = [extractor.predict(dataset.batch(64), verbose=VERBOSE) for dataset in sets]
-    labels = [list(dataset.map(lambda image, label: label)) for dataset in sets]
-    sets = [tf.data.Dataset.from_tensor_slices(pair) for pair in zip(features, labels)]
-    return keras.Sequential([keras.Input((2048,)), model.layers[-1]]), sets
+def compute_features(res_net, sets):
+    """Return the sets with features (2048,), which the last layer gets, in the images' place."""
+    extractor = keras.Sequential([res_net, layers.GlobalAveragePooling2D()])
+    feature_sets = []
+    for dataset in sets:
+        features = extractor.predict(dataset.batch(64), verbose=VERBOSE)
+        labels = [label for _, label in dataset.as_numpy_iterator()]
+        feature_sets.append(tf.data.Dataset.from_tensor_slices((features, labels)))
+    return feature_sets
 
 
-def train(arm, args, base, sets, run_dir, results):
-    """Train one arm to args.epochs, from its checkpoint if it has one; test and save it."""
-    start = time.perf_counter()
-    keras.utils.set_random_seed(args.seed)
-    model = network = build_model(arm, base, args.preprocess)
+def train(arm, run, sets, res_net):
+    """Train an arm, from the last epoch that it finished, save it and record its final numbers."""
+    saver = SaveEpochs(run, arm)  # its clock starts here: the features take their time too
+    keras.utils.set_random_seed(run.args.seed)
+    model = build_standard_model() if arm == "cnn" else build_tl_model(res_net)
     model.summary()
-    if arm == "resnet50" and not args.no_cache_features:
-        network, sets = compute_features(model, sets)  # what trains the network trains the model
-    train_dataset, valid_dataset, test_dataset = batch_sets(sets, len(sets[0]), args)
-    network.compile("adam", "binary_crossentropy", metrics=["accuracy"])
-    recorder = Recorder(network, run_dir, results, arm)
-    recorder.start = start  # the features take their time too
+    network, events = model, run.folder / arm
+    if events.exists():  # TensorBoard counts batches from 0 again, and its curves would fold back
+        events = events / time.strftime("resumed-%Y%m%d-%H%M%S")
+    cached = arm == "resnet50" and not run.args.no_cache_features
+    if cached:
+        network = keras.Sequential([keras.Input((2048,)), model.layers[-1]])  # the output layer
+        sets = compute_features(res_net, sets)
+        saver.path = run.folder / arm / "head.keras"  # what training goes on from
+    if saver.path.exists():
+        network = keras.models.load_model(saver.path)
+    else:
+        network.compile(keras.optimizers.Adam(), "binary_crossentropy", metrics=["accuracy"])
+    test_accuracy = fit(network, saver, sets, events)
+    if cached:
+        model.layers[-1].set_weights(network.get_weights())
+        model.save(run.folder / f"{arm}.keras")
+    final = {metric: values[-1] for metric, values in saver.record["history"].items()}
+    final |= {"test_accuracy": test_accuracy, "parameters": model.count_params()}
+    saver.record["final"] = final
+
+
+def fit(network, saver, sets, events):
+    """Train a network up to --epochs, with TensorBoard's events; return its accuracy in test."""
+    args = saver.run.args
+    cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, len(sets[0]), args.seed)
+    steps = args.steps_per_epoch or max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
     network.fit(
-        train_dataset,
+        cat_train,
+        steps_per_epoch=steps,
         epochs=args.epochs,
-        initial_epoch=int(recorder.epochs_done.numpy()),
-        steps_per_epoch=args.steps_per_epoch or max(1, sum(map(len, sets)) // args.batch_size),
-        validation_data=valid_dataset,
-        shuffle=False,  # the dataset has done it
+        initial_epoch=int(network.optimizer.iterations.numpy()) // steps,
+        validation_data=cat_valid,
+        shuffle=False,  # the dataset does it
         verbose=VERBOSE,
-        callbacks=[keras.callbacks.TensorBoard(run_dir / arm, update_freq="batch"), recorder],
+        callbacks=[keras.callbacks.TensorBoard(events, update_freq="batch"), saver],
     )
-    model.save(run_dir / f"{arm}.keras")
-    final = {metric: values[-1] for metric, values in recorder.record["history"].items()}
-    final["test_accuracy"] = network.evaluate(test_dataset, verbose=VERBOSE)[1]
-    recorder.record["final"] = final | {"parameters": model.count_params()}
+    return network.evaluate(cat_test, verbose=VERBOSE)[1]
 
 
-# --- Plots ---
+# --- Figures ---
+# The article's two: accuracy in training and in validation.
 
 
-def plot(run_dir, results):
-    """Draw the article's two figures: training and validation accuracy of the arms."""
-    labels = {"cnn": "smaller CNN", "resnet50": f"ResNet50, weights {results['config']['weights']}"}
+def plot(run):
+    """Draw the accuracy of both networks by epoch."""
     for metric, name in {"accuracy": "training", "val_accuracy": "validation"}.items():
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for arm, record in results["arms"].items():
-            values = record["history"].get(metric, [])
-            axes.plot(range(1, len(values) + 1), values, label=labels[arm])
-        axes.set(title=f"{name} accuracy on {results['data']}", xlabel="epoch", ylabel="accuracy")
+        for arm, record in run.results["arms"].items():
+            values = record["history"][metric]
+            axes.plot(range(1, len(values) + 1), values, label=arm)
+        axes.set(title=f"{run.results['data']}, ResNet50's weights: {run.args.weights}")
+        axes.set(xlabel="epoch", ylabel=f"{name} accuracy")
         axes.legend()
-        save_figure(figure, run_dir / f"{name}_accuracy.png")
+        figure.savefig(run.folder / f"{name}_accuracy.png")
 
 
-# --- Main ---
+# --- Command line ---
 
 
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    args = parse_args(argv)
-    if args.resume:
-        args, run_dir, results = resume_run(args, argv)
-    device = select_device(args.device, several=True)
-    if not args.resume:
-        data = "synthetic" if args.synthetic else "cats_vs_dogs"
-        run_dir, results = new_run_dir(args, data, device)
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    several = args.device == "all"  # each device then gets its share of every batch
-    with tf.distribute.MirroredStrategy(devices).scope() if several else contextlib.nullcontext():
-        keras.utils.set_random_seed(args.seed)
-        sets, base = load_data(args)
-        for arm in args.arms:
-            record = results["arms"].get(arm, {"history": {}, "final": {}})
-            if not record["final"] or len(record["history"].get("accuracy", [])) < args.epochs:
-                train(arm, args, base, sets, run_dir, results)
-    plot(run_dir, results)
-    results["complete"] = True
-    write_results(run_dir, results)
-    report(run_dir, results)
-    return {arm: record["final"] for arm, record in results["arms"].items()}
+    parser = make_parser("--epochs", default=7)
+    add = parser.add_argument
+    add(
+        "--steps-per-epoch", type=int, help="batches an epoch; None: number of images // batch size"
+    )
+    add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
+    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
+    add("--batch-size", type=int, default=64, help="images a batch")
+    add("--data-dir", help="folder where TFDS keeps cats_vs_dogs; None: its own")
+    add("--weights", default="imagenet", help="imagenet, none (random) or a file, for ResNet50")
+    add("--preprocess", choices=["imagenet", "article"], default="imagenet", help="its pixels")
+    add("--no-cache-features", action="store_true", help="run ResNet50 again in each epoch")
+    add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
+    args, results = read_run(parser, argv)
+    data = "synthetic" if args.synthetic else "cats_vs_dogs"
+    with Run(args, data, several=True, results=results) as run:
+        mirrored = args.device == "all"  # then each device gets its share of every batch
+        strategy = tf.distribute.MirroredStrategy() if mirrored else tf.distribute.get_strategy()
+        with strategy.scope():
+            keras.utils.set_random_seed(args.seed)
+            res_net = None
+            if "resnet50" in args.arms:
+                res_net = build_res_net(args.weights, args.preprocess)
+            sets = load_data(args)
+            plot_samples(run, sets[0])
+            sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE).cache() for dataset in sets]
+            for arm in dict.fromkeys(args.arms):  # each of them once
+                train(arm, run, sets, res_net)
+        plot(run)
+        return run.report()
+
+
+# --- Frame: flags, faults, folder and results; the same text in every script ---
+
+
+def make_parser(*names, default):
+    """Return a parser with the flags of every script; `names` are those of the first one."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
+    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
+    return parser
+
+
+def parse_flags(parser, argv):
+    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
+        argv = []
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
+        if type(value) in (int, float) and not lowest <= value < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+    return args
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        fail(2, f"error: argument --device: too late for {name}; restart Python first")
+    return ", ".join(gpu.name for gpu in chosen) or "CPU"
+
+
+def fail(code, line):
+    """End the run with one line on stderr and an exit code."""
+    print(line, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+class Run:
+    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+
+    def __init__(self, args, data, several=False, results=None):
+        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+            sys.stdout.reconfigure(line_buffering=True)
+        if "://" in args.logdir:
+            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
+        self.args, device = args, select_device(args.device, several)
+        if results:
+            self.folder = pathlib.Path(args.resume)
+        else:
+            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+            while self.folder.exists():  # two runs may start in one second
+                self.folder = self.folder.with_name(f"{self.folder.name}-2")
+            versions = {module.__name__: module.__version__ for module in MODULES}
+            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
+            results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results = results | {"config": vars(args), "device": device, "complete": False}
+        with self:  # this writes results.json
+            self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # its reader is gone, and Python would flush it at the end
+        if isinstance(error, OSError):
+            fail(1, f"error: {kind.__name__}: {error}")
+        if kind is not SystemExit:
+            self.write()
+        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
+            fail(130, f"interrupted; what was finished is in {self.folder}")
+
+    def write(self):
+        """Replace results.json in one step, unless a number in it is not finite."""
+        try:
+            text = json.dumps(self.results, indent=1, allow_nan=False)
+        except ValueError:
+            fail(1, "error: a loss or a metric is not finite; try another --seed")
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / "results.json")
+
+    def report(self):
+        """Print the results beside the article's and how to go on; return the final numbers."""
+        self.results["complete"] = True
+        self.write()
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        for arm, record in self.results["arms"].items():
+            columns = (
+                record["final"],
+                self.results["article"].get(arm, {}),
+                record.get("spread", {}),
+            )
+            for metric in record["final"]:
+                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
+                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+        for path in sorted(self.folder.glob("*.*")):
+            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
+        print(f'tensorboard --logdir "{self.folder}"')
+        return {arm: record["final"] for arm, record in self.results["arms"].items()}
+
+
+# --- Frame, resume: the same text in every script that can go on after an interruption ---
+
+
+def read_run(parser, argv):
+    """Return the flags, and the results of the run that --resume names, or None.
+
+    That run's flags hold. Only --epochs, --max-steps and --device may be given anew.
+    """
+    args = parse_flags(parser, argv)
+    if args.resume is None:
+        return args, None
+    try:
+        results = json.loads(pathlib.Path(args.resume, "results.json").read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {error}")
+    if results["script"] != SCRIPT:
+        parser.error(f"argument --resume: {args.resume} is a run of {results['script']}.py")
+    parser.set_defaults(**results["config"])
+    args = parse_flags(parser, argv)
+    for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+        if getattr(args, name) != results["config"][name]:
+            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to go on with")
+    return args, results
+
+
+# --- Frame, fit: the same text in every script that calls fit and can go on ---
+
+
+class SaveEpochs(keras.callbacks.Callback):
+    """Writes each epoch to results.json, then saves the whole model; each in one step."""
+
+    def __init__(self, run, arm):
+        super().__init__()
+        self.run, self.path, self.start = run, run.folder / f"{arm}.keras", time.perf_counter()
+        new = {"history": {}, "final": {}, "seconds": 0.0}
+        self.record = run.results["arms"].setdefault(arm, new)
+
+    def on_epoch_end(self, epoch, logs=None):
+        for metric, value in logs.items():  # a repeated epoch takes the place of its first try
+            self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
+        now = time.perf_counter()
+        self.record["seconds"] += now - self.start
+        self.start = now
+        self.run.write()
+        temporary = self.path.with_suffix(".tmp.keras")
+        self.model.save(temporary)
+        os.replace(temporary, self.path)
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    main()

@@ -327,8 +327,8 @@ def atari_seconds_in_turns(script, others, steps=30, turns=40):
             start = time.perf_counter()
         return choose_action(*arguments)
 
-    mean_of_its_fall = (0.55, 0.55)
-    patches = mock.patch.multiple(script, choose_action=watched, EPSILON=mean_of_its_fall)
+    mean_of_its_fall = {"MAX_EPSILON": 0.55, "MIN_EPSILON": 0.55}
+    patches = mock.patch.multiple(script, choose_action=watched, **mean_of_its_fall)
     flags = ["--delay-training", "50", "--replay-size", "20000"]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -407,15 +407,14 @@ def space_invaders():
     """dueling_q_spaceinvaders: environment steps, with a gradient step each; bytes of a frame."""
     import dueling_q_spaceinvaders as script
 
-    agent = [*(script.DQModel(256, script.NUM_ACTIONS) for _ in range(2)), keras.optimizers.Adam()]
-    agent[2].build(agent[0].trainable_variables)
-    batch = [tf.zeros((32, 4, 105, 80), tf.uint8), *(tf.zeros((32, 1)) for _ in range(3))]
-    learn = tf.function(lambda *batch: script.dueling_q_step(*batch, *agent), jit_compile=True)
-    learn = learn.get_concrete_function(*batch)
+    agent = script.Agent(seed=0)
+    columns = [np.zeros(32, "float32") for _ in ("actions", "rewards", "terminals")]
+    batch = np.zeros((32, 4, 105, 80), "uint8"), *columns
 
     def step_alone(steps):
         for _ in range(steps):
-            float(learn(*batch))
+            loss, _ = agent.learn(*batch)
+            float(loss)
 
     others = {"step": step_alone, "article": article_atari_agent(script)}
     times = atari_seconds_in_turns(script, others)

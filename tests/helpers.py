@@ -2,13 +2,11 @@
 
 import ast
 import collections
-import importlib
 import io
 import json
 import os
 import pathlib
-import select
-import shutil
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,26 +16,144 @@ import tokenize
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# What a script's own tests say of it to the others: the CASE in tests/test_<script>.py.
 Case = collections.namedtuple(
     "Case",
     [
-        "tiny",  # flags for a run of seconds
-        "final_epochs",  # how many values each history then has: {arm: number}
+        "tiny",  # flags of a run of seconds
         "history",  # {arm: the names of its histories}
-        "events",  # {folder in the run's: {kind of event: tags}}
-        "figures",  # names of the PNGs, sorted
-        "started",  # what the script prints when training has started, with its defaults
-        "again",  # what it prints when its first epoch or episode is written
-        "bad_flags",  # lists of flags that exit with code 2, beside those of all scripts
+        "tags",  # {folder of events: {kind: tags}}
+        "figures",  # the names of the PNGs, sorted
+        "started",  # what the script prints, with its defaults, once training is under way
     ],
 )
 Run = collections.namedtuple("Run", "code stdout stderr folder results")
 
+PHOTOGRAPHS = ["accuracy", "loss", "val_accuracy", "val_loss"]
+RESNET = ["acc", "loss", "val_acc", "val_loss"]
+Q_EPISODES = {"scalars": {"reward", "avg loss", "mean q"}}
+SYNTHETIC = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "2"]
+ACCURACY = "sparse_categorical_accuracy"
+KERNEL = "std_of_conv2d_kernel"
 
-def case(script):
-    """Return what a script's own tests tell the tests of all scripts about it."""
-    return importlib.import_module(f"test_{script}").CASE
+CASES = {
+    "gap_cats_dogs": Case(
+        tiny=[*SYNTHETIC, "--batch-size", "8"],
+        history=dict.fromkeys(["fc", "fc_dropout", "gap", "avgpool"], PHOTOGRAPHS),
+        tags={
+            "fc/train": {"scalars": {"epoch_accuracy", "epoch_loss"}},
+            "avgpool/validation": {"scalars": {"epoch_accuracy", "epoch_loss"}},
+        },
+        figures=["accuracy.png", "loss.png", "samples.png"],
+        started="Epoch 2/7",
+    ),
+    "transfer_resnet50": Case(
+        tiny=[*SYNTHETIC, "--batch-size", "8", "--weights", "none"],
+        history=dict.fromkeys(["cnn", "resnet50"], PHOTOGRAPHS),
+        tags={
+            "cnn/train": {"scalars": {"epoch_accuracy", "batch_loss"}},
+            "resnet50/validation": {"scalars": {"epoch_accuracy", "epoch_loss"}},
+        },
+        figures=["samples.png", "training_accuracy.png", "validation_accuracy.png"],
+        started="Epoch 2/7",
+    ),
+    "dueling_q_cartpole": Case(
+        tiny=["--epochs", "25", "--delay-training", "150", "--epsilon-min-iter", "200"],
+        history=dict.fromkeys(["double", "dueling"], ["reward", "avg loss", "mean q"]),
+        tags={"double/seed_0": Q_EPISODES, "dueling/seed_0": Q_EPISODES},
+        figures=["mean_q.png", "reward.png"],
+        started="episode 25:",
+    ),
+    "reinforce_cartpole": Case(
+        tiny=["--epochs", "12"],
+        history={"reinforce": ["reward", "avg loss"]},
+        tags={"reinforce/seed_0": {"scalars": {"reward", "avg loss"}}},
+        figures=["rewards.png"],
+        started="episode 75:",
+    ),
+    "dueling_q_spaceinvaders": Case(
+        tiny=[
+            *["--epochs", "1", "--max-steps", "200", "--replay-size", "150"],
+            *["--delay-training", "160", "--epsilon-min-iter", "20", "--gif-every", "1"],
+        ],
+        history={"dueling": ["reward", "avg loss", "mean q"]},
+        tags={"dueling": Q_EPISODES},
+        figures=["reward.png"],
+        started="Pre-training... episode 1,",
+    ),
+    "bayes_mle": Case(
+        tiny=["--epochs", "4", "--converge"],
+        history={
+            "prior": ["mean", "stddev"],
+            "constant_noise": ["loss"],
+            "growing_noise": ["loss"],
+        },
+        tags={
+            "prior": {"scalars": {"mean"}},
+            "constant_noise": {"scalars": {"loss"}},
+            "growing_noise": {"scalars": {"loss"}},
+        },
+        figures=[
+            "constant_noise_data.png",
+            "constant_noise_fit.png",
+            "growing_noise_data.png",
+            "growing_noise_fit.png",
+            "prior.png",
+        ],
+        started="constant_noise, epoch 100 of 500",
+    ),
+    "keras_pg_weighted_ce": Case(
+        tiny=["--epochs", "12"],
+        history={"identity": ["samples", "error"], "agent": ["reward", "avg loss", "steps"]},
+        tags={
+            "identity": {"scalars": {"error"}},
+            "agent/seed_0": {"scalars": {"reward", "avg loss", "steps"}},
+        },
+        figures=["agent.png", "identity.png"],
+        started="agent, seed 0, episode 75",
+    ),
+    "mnist_eager_mlp": Case(
+        tiny=["--synthetic", "--epochs", "2", "--steps-per-epoch", "30"],
+        history={"mlp": ["loss", "accuracy"]},
+        tags={"mlp": {"scalars": {"loss", "accuracy"}}, "simple_graph": {"graph": True}},
+        figures=["accuracy.png"],
+        started="Epoch: 2, loss=",  # the first imports TensorBoard, where no interrupt should fall
+    ),
+    "metrics_summaries": Case(
+        tiny=["--synthetic", "--epochs", "2", "--fit-epochs", "2", "--steps-per-epoch", "15"],
+        history={
+            "loop": ["loss", ACCURACY],
+            "fit": [
+                f"{part}{name}" for part in ("", "val_") for name in ("loss", ACCURACY, KERNEL)
+            ],
+        },
+        tags={
+            "mean_metric": {"scalars": {"mean"}},
+            "loop": {"scalars": {"loss", "acc"}},
+            "fit/train": {"scalars": {f"epoch_{KERNEL}", f"batch_{KERNEL}", f"epoch_{ACCURACY}"}},
+            "fit/validation": {"scalars": {"epoch_loss", f"epoch_{ACCURACY}"}},
+        },
+        figures=["fit.png", "loop.png"],
+        started="Batch 10, average loss",
+    ),
+    "resnet_cifar10": Case(
+        tiny=SYNTHETIC,
+        history={"resnet": RESNET, "plain": RESNET},
+        tags={
+            "resnet": {"images": {"kernels"}},
+            "resnet/train": {"scalars": {"epoch_acc"}, "graph_keras_model": {"keras"}},
+            "plain/validation": {"scalars": {"epoch_acc"}},
+        },
+        figures=["training_accuracy.png", "validation_accuracy.png"],
+        started="Epoch 1/30",
+    ),
+    "double_q_cartpole": Case(
+        tiny=["--epochs", "25", "--epsilon-decay", "0.01"],
+        history=dict.fromkeys(["dqn", "double"], ["reward", "avg loss", "mean q"]),
+        tags={"dqn/seed_0": Q_EPISODES, "double/seed_0": Q_EPISODES},
+        figures=["max_bias.png", "mean_q.png", "reward.png"],
+        started="episode 50:",
+    ),
+}
 
 
 def environment(folder):
@@ -47,7 +163,6 @@ def environment(folder):
         "KERAS_HOME": str(folder / "keras"),
         "MPLCONFIGDIR": str(folder / "matplotlib"),
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "MPLBACKEND": "agg",
         "CUDA_VISIBLE_DEVICES": "",
         # Nobody listens there: a download fails at once, with a network and without.
         "http_proxy": "http://127.0.0.1:9",
@@ -56,17 +171,20 @@ def environment(folder):
     }
 
 
-def start(arguments, folder, **options):
+def start(arguments, folder, **variables):
     """Start Python with `arguments` in `folder`; return the process, its output piped as text."""
-    env = {**os.environ, **environment(folder), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    env = {**os.environ, **environment(folder), "PYTHONPATH": str(ROOT), **variables}
+    env.pop("PYTHONUNBUFFERED", None)  # it would hide an output that is not line-buffered
     arguments = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background job ignores Ctrl-C, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(arguments, cwd=folder, env=env, **pipes)
 
 
 def newest_results(folder):
     """Return the newest run's folder under folder/log, and its results; or twice None."""
-    paths = sorted(pathlib.Path(folder, "log").glob("*/*/results.json"), key=os.path.getmtime)
+    paths = sorted(pathlib.Path(folder, "log").rglob("results.json"), key=os.path.getmtime)
     return (paths[-1].parent, json.loads(paths[-1].read_text())) if paths else (None, None)
 
 
@@ -76,108 +194,32 @@ def finish(process, folder):
     return Run(process.returncode, stdout, stderr, *newest_results(folder))
 
 
-def run_script(script, flags, folder):
+def run_script(script, flags, folder, **variables):
     """Run a script as a user starts it, in `folder`."""
-    return finish(start([ROOT / f"{script}.py", *flags], folder), folder)
+    return finish(start([ROOT / f"{script}.py", *flags], folder, **variables), folder)
 
 
-# Imports TensorFlow once; for each line that it reads it runs a script in a fork of itself.
-FORK_SERVER = """
-import json, os, runpy, sys
-os.environ["KERAS_HOME"] = "keras"  # which Keras reads now: a folder in that of each fork
-import gymnasium, matplotlib.pyplot, tensorflow
-for line in sys.stdin:
-    sys.argv, folder, environment = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        os.environ.update(environment)
-        for number in (1, 2):
-            os.dup2(os.open(f"output{number}", os.O_WRONLY), number)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def run_fork(server, script, flags, folder, interrupt_at=None):
-    """Run a script as `run_script` does, 3 s quicker; Ctrl-C once it has printed `interrupt_at`."""
-    outputs = [folder / "output1", folder / "output2"]
-    for output in outputs:
-        output.touch()
-    arguments = [str(ROOT / f"{script}.py"), *flags], str(folder), environment(folder)
-    server.stdin.write(json.dumps(arguments) + "\n")
-    server.stdin.flush()
-    child, deadline = int(server.stdout.readline()), time.monotonic() + 300
-    while not select.select([server.stdout], [], [], 0.05)[0]:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)  # the server is then free for the next one
-        elif interrupt_at and interrupt_at in outputs[0].read_text():
-            os.kill(child, signal.SIGINT)
-            select.select([server.stdout], [], [], 30)  # Python may lose one: then again
-    code = int(server.stdout.readline())
-    return Run(code, *(output.read_text() for output in outputs), *newest_results(folder))
-
-
-ON_TWO_DEVICES = """
-import importlib, sys, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategies, mirrored = [], tf.distribute.MirroredStrategy
-def watched(devices):
-    strategies.append(mirrored(devices))
-    return strategies[-1]
-tf.distribute.MirroredStrategy = watched
-script = importlib.import_module(sys.argv[1])
-PREPARATION
-script.main([*sys.argv[2:], "--device", "all"])
-print("replicas", strategies[0].num_replicas_in_sync)
-"""
-
-
-def run_on_two_devices(script, flags, folder, preparation=""):
-    """Run a script's `main` with --device all where TensorFlow sees two processors; a Run."""
-    code = ON_TWO_DEVICES.replace("PREPARATION", preparation)
-    run = finish(start(["-c", code, script, *flags], folder), folder)
-    assert run.code == 0, run.stderr
-    assert "replicas 2" in run.stdout
-    return run
-
-
-def fails_in_one_line(function, capsys):
-    """Call `function`, which must exit; return its code and the one line it left on stderr."""
-    capsys.readouterr()
+def run_once(script, flags, shared):
+    """Run a script in a folder of `shared`, unless another process has: then return its Run."""
+    folder, kept = shared / script, shared / f"{script}.pickle"
     try:
-        function()
-    except SystemExit as stop:
-        code = stop.code
-    else:
-        raise AssertionError("it did not exit")
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return code, lines[0]
+        folder.mkdir()
+    except FileExistsError:
+        while not kept.exists():  # the process that made the folder writes it, whatever happens
+            time.sleep(0.1)
+        return pickle.loads(kept.read_bytes())
+    try:
+        run = run_script(script, flags, folder)
+    except BaseException as error:
+        run = Run(None, "", f"no run: {error!r}", None, None)
+    kept.with_suffix(".tmp").write_bytes(pickle.dumps(run))
+    kept.with_suffix(".tmp").rename(kept)
+    return run
 
 
 def error_lines(stderr):
     """Return the lines of a process's stderr that are ours: TensorFlow writes there too."""
-    return [line for line in stderr.splitlines() if line.startswith(("error:", "interrupted"))]
-
-
-def resume_a_damaged_checkpoint(module, run, kind, tmp_path, capsys, folder="checkpoint"):
-    """Truncate a checkpoint's file of a `kind` in a copy of a run; return what resuming says.
-
-    That is the exit code and the one line on stderr; results.json must stay as it is.
-    """
-    run_dir = tmp_path / "copy"
-    shutil.copytree(run.folder, run_dir)
-    (path,) = run_dir.glob(f"{folder}/*.{kind}")
-    path.write_bytes(path.read_bytes()[:100])
-    before = (run_dir / "results.json").read_text()
-    flags = ["--resume", str(run_dir), "--epochs", "20"]
-    answer = fails_in_one_line(lambda: module.run_as_command(lambda: module.main(flags)), capsys)
-    assert (run_dir / "results.json").read_text() == before
-    return answer
+    return [line for line in stderr.splitlines() if "error: " in line or "interrupted" in line]
 
 
 def source(script):
@@ -206,10 +248,8 @@ def tags(folder):
     accumulator = event_accumulator.EventAccumulator(str(folder))
     accumulator.Reload()
     found = accumulator.Tags()
-    # TensorFlow 2 writes scalars and images as tensors that name their plugin
-    plugins = {tag: accumulator.SummaryMetadata(tag) for tag in found["tensors"]}
     kinds = collections.defaultdict(set)
-    for tag, metadata in plugins.items():
-        kinds[metadata.plugin_data.plugin_name].add(tag)
+    for tag in found["tensors"]:  # TensorFlow 2 writes all as tensors that name their plugin
+        kinds[accumulator.SummaryMetadata(tag).plugin_data.plugin_name].add(tag)
     kinds["graph"] = found["graph"]
     return kinds

@@ -3,49 +3,32 @@
 What it shares with double_q_cartpole.py, word for word, is tested in test_double_q_cartpole.py.
 """
 
+import inspect
+import json
+import pathlib
 import re
 import statistics
+import types
 import zipfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
-import watch_q
-from helpers import Case
+from test_double_q_cartpole import Scripted, random_batch, step_of_descent, train_scripted
 
+import double_q_cartpole
 import dueling_q_cartpole as script
 
 keras = script.keras
 
-ARMS = ["double", "dueling"]
-CASE = Case(
-    tiny=["--epochs", "25", "--delay-training", "150", "--epsilon-min-iter", "200"],
-    final_epochs=dict.fromkeys(ARMS, 25),
-    history=dict.fromkeys(ARMS, ["reward", "avg loss"]),
-    events=dict.fromkeys(ARMS, {"scalars": {"reward", "avg loss"}}),
-    figures=["reward.png"],
-    started="/500",  # the bar
-    again="episode 50:",
-    bad_flags=[
-        ["--episodes", "0"],
-        ["--max-steps", "0"],
-        ["--random-reward-std", "1e9"],
-        ["--delay-training", "31"],  # no batch could be drawn
-        ["--epsilon-min-iter", "0"],
-        ["--gamma", "-0.1"],
-        ["--tau", "1.1"],
-        ["--runs", "0"],
-        ["--arms", "dqn"],
-        ["--device", "all"],
-    ],
-)
+STATES = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+SAME = ["Memory", "choose_action", "update_network", "overestimation", "evaluate"]
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """Return a tiny run of both arms, watched."""
-    with pytest.MonkeyPatch.context() as patch:
-        return watch_q.Watched(script, CASE.tiny, tmp_path_factory.mktemp("watched"), patch)
+@pytest.mark.parametrize("name", SAME)
+def test_what_both_scripts_share_is_the_same_text(name):
+    texts = [inspect.getsource(getattr(module, name)) for module in (script, double_q_cartpole)]
+    assert texts[0] == texts[1]
 
 
 def network(actions=2, seed=0):
@@ -59,9 +42,6 @@ def network(actions=2, seed=0):
     return q, *(keras.Model(q.input, output) for output in outputs)
 
 
-STATES = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
-
-
 # --- The network ---
 
 
@@ -72,6 +52,7 @@ def test_difference_1_the_mean_of_q_is_v_in_each_state(actions):
     np.testing.assert_allclose(q.mean(axis=1), v[:, 0], atol=1e-5)
     np.testing.assert_allclose(q, v + adv - adv.mean(axis=1, keepdims=True), atol=1e-5)
     assert np.ptp(adv.mean(axis=1)) > 0.1  # or the batch's mean would do as well
+    assert (q.argmax(1) == adv.argmax(1)).all()
 
 
 def test_difference_1_a_state_has_its_q_values_in_any_company():
@@ -81,19 +62,13 @@ def test_difference_1_a_state_has_its_q_values_in_any_company():
 
 
 def test_a_constant_added_to_the_advantages_changes_nothing():
-    q, v, adv = network()
-    before, v_before, adv_before = q(STATES).numpy(), v(STATES).numpy(), adv(STATES).numpy()
+    q, _, adv = network()
+    before, adv_before = q(STATES).numpy(), adv(STATES).numpy()
     q.get_layer("adv_out").bias.assign_add([7.0, 7.0])
     np.testing.assert_allclose(adv(STATES), adv_before + 7, atol=1e-5)
     np.testing.assert_allclose(q(STATES), before, atol=1e-5)
     q.get_layer("v_out").bias.assign_add([7.0])
     np.testing.assert_allclose(q(STATES), before + 7, atol=1e-5)
-    np.testing.assert_allclose(v(STATES), v_before + 7, atol=1e-5)
-
-
-def test_the_best_action_is_that_of_the_advantages():
-    q, _, adv = (model(STATES).numpy() for model in network(5))
-    assert (q.argmax(1) == adv.argmax(1)).all()
 
 
 def test_networks_are_the_articles():
@@ -109,27 +84,29 @@ def test_networks_are_the_articles():
         assert linear == {"adv_out", "v_out"} & {layer.name for layer in layers}
 
 
-def test_a_saved_network_needs_no_code(smoke_run):
-    path = smoke_run("dueling_q_cartpole").folder / "dueling.keras"
-    with zipfile.ZipFile(path) as archive:
+def test_difference_7_a_saved_network_needs_no_code(tmp_path):
+    network()[0].save(tmp_path / "dueling.keras")
+    with zipfile.ZipFile(tmp_path / "dueling.keras") as archive:
         config = archive.read("config.json").decode()
+    assert '"Mean"' in config
     assert "Lambda" not in config
     assert "dueling_q_cartpole" not in config
-    assert '"Mean"' in config  # test_smoke.py loads it in a fresh process
 
 
-def numpy_forward(x, weights):
-    """Return Q (batch, 2) of states (batch, 4) and what the backward pass needs."""
+def numpy_forward(x, model):
+    """Return Q (batch, 2) of states (batch, 4), the hidden layers' outputs, and the weights."""
+    layers = [layer for layer in model.layers if layer.weights]
+    weights = {layer.name: [w.astype("float64") for w in layer.get_weights()] for layer in layers}
     h1 = np.maximum(x @ weights["dense1"][0] + weights["dense1"][1], 0)
     h2 = np.maximum(h1 @ weights["dense2"][0] + weights["dense2"][1], 0)
     ha = np.maximum(h2 @ weights["adv_dense"][0] + weights["adv_dense"][1], 0)
     hv = np.maximum(h2 @ weights["v_dense"][0] + weights["v_dense"][1], 0)
     adv = ha @ weights["adv_out"][0] + weights["adv_out"][1]
     v = hv @ weights["v_out"][0] + weights["v_out"][1]
-    return v + adv - adv.mean(axis=1, keepdims=True), (x, h1, h2, ha, hv)
+    return v + adv - adv.mean(axis=1, keepdims=True), (x, h1, h2, ha, hv), weights
 
 
-def numpy_gradients(dq, weights, hidden):
+def numpy_gradients(dq, hidden, weights):
     """Return {layer: (of its kernel, of its bias)} for dq, the loss's gradient by Q."""
     x, h1, h2, ha, hv = hidden
     d_adv = dq - dq.mean(axis=1, keepdims=True)
@@ -150,130 +127,121 @@ def numpy_gradients(dq, weights, hidden):
     return {name: (inputs.T @ delta, delta.sum(0)) for name, (inputs, delta) in pairs.items()}
 
 
-def weights_of(model):
-    """Return {layer: [kernel, bias]} in float64."""
-    layers = [layer for layer in model.layers if layer.weights]
-    return {layer.name: [w.astype("float64") for w in layer.get_weights()] for layer in layers}
+def test_a_training_step_equals_numpy():
+    (primary, *_), (target, *_), batch = network(seed=1), network(seed=2), random_batch()
+    states, actions, rewards, next_states, terminals = batch
+    q, hidden, weights = numpy_forward(states, primary)
+    q_chooser, q_judge = (numpy_forward(next_states, model)[0] for model in (primary, target))
+    errors = np.zeros((32, 2))
+    for i in range(32):
+        future = 0 if terminals[i] else 0.95 * q_judge[i, q_chooser[i].argmax()]
+        errors[i, actions[i]] = q[i, actions[i]] - (rewards[i] + future)
+    gradients = numpy_gradients(2 * errors / q.size, hidden, weights)
+
+    loss, mean_q, moves = step_of_descent(script.train, batch, primary, target, 0.95)
+    assert loss == pytest.approx(np.mean(errors**2), rel=1e-5)
+    assert mean_q == pytest.approx(np.mean(np.max(q_judge, axis=1)), rel=1e-5)
+    moves = dict(zip([weight.path for weight in primary.weights], moves, strict=True))
+    for name, (kernel, bias) in gradients.items():
+        np.testing.assert_allclose(moves[f"{name}/kernel"], kernel, atol=1e-5)
+        np.testing.assert_allclose(moves[f"{name}/bias"], bias, atol=1e-5)
 
 
-def test_training_steps_equal_numpy():
-    primary, target = network(seed=1)[0], network(seed=2)[0]
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(primary.trainable_variables)
-    learn = script.compile_for_shape(
-        lambda batch: script.q_learning_step(batch, primary, target, optimizer, 0.95, 0.08),
-        (32, 11),
-    )
-    weights, followers = weights_of(primary), weights_of(target)
-    moments = {name: [(0, 0)] * 2 for name in weights}
-    rng = np.random.default_rng(0)
-    for step in range(1, 6):
-        batch = watch_q.make_batch(rng)
-        loss = learn(tf.constant(batch))
-        rows = batch.astype("float64")
-        q, hidden = numpy_forward(rows[:, :4], weights)
-        nexts = (numpy_forward(rows[:, 6:10], w)[0] for w in (weights, followers))
-        goals = watch_q.numpy_targets(rows, *nexts, 0.95)
-        errors = np.zeros_like(q)
-        taken = np.arange(32), rows[:, 4].astype(int)
-        errors[taken] = q[taken] - goals
-        assert float(loss) == pytest.approx(np.mean(errors**2), rel=1e-4)
-        gradients = numpy_gradients(2 * errors / q.size, weights, hidden)
-        for name in weights:
-            weights[name], moments[name] = watch_q.numpy_adam(
-                weights[name], gradients[name], moments[name], step
-            )
-            pairs = zip(followers[name], weights[name])
-            followers[name] = [t * (1 - 0.08) + e * 0.08 for t, e in pairs]
-        for model, expected in ((primary, weights), (target, followers)):
-            for name, values in weights_of(model).items():
-                for value, expectation in zip(values, expected[name], strict=True):
-                    np.testing.assert_allclose(value, expectation, atol=1e-4)
+def test_difference_7_the_compiled_agent_trains_and_follows():
+    """It does what `train` and `update_network` do uncompiled, with the article's Adam."""
+    primary, target, primary_copy, target_copy = (network(seed=seed)[0] for seed in (1, 2, 1, 2))
+    args = types.SimpleNamespace(gamma=0.95, tau=0.08)
+    learn, q_values = script.compile_agent(primary, target, args)
+    adam = keras.optimizers.Adam(0.001)
+    adam.build(primary_copy.trainable_variables)
+    for step in range(3):
+        batch = random_batch(step)
+        results = learn(*map(tf.constant, batch))
+        expected = script.train(batch, primary_copy, target_copy, adam, 0.95)
+        np.testing.assert_allclose(results, expected, rtol=1e-4)
+        script.update_network(primary_copy, target_copy, 0.08)
+    for model, copy in ((primary, primary_copy), (target, target_copy)):
+        np.testing.assert_allclose(model(STATES), copy(STATES), atol=1e-4)
+    np.testing.assert_allclose(q_values(STATES[:1]), primary(STATES[:1]), atol=1e-5)
 
 
 def test_example_by_hand(capsys):
     script.show_dueling_example()
-    line = capsys.readouterr().out
-    assert [float(x) for x in re.findall(r"-?\d+\.\d*", line)] == [
-        *(10, 50, 100, 53.33),
-        *(-43.33, -3.33, 46.67),
-    ]
+    guess, best = capsys.readouterr().out.splitlines()
+    for line, v, a in ((guess, 53.33, [-43.33, -3.33, 46.67]), (best, 100, [-90, -50, 0])):
+        assert [float(x) for x in re.findall(r"-?\d+\.\d*", line)] == [10, 50, 100, v, *a]
 
 
-# --- Differences from the article ---
+# --- Training, and differences from the article ---
 
 
-def test_difference_2_the_target_network_starts_as_a_copy(watched):
-    assert len(watched.traces) == 2
-    starts = []
-    for primary, target, primary_start, target_start, _ in watched.traces:
+def test_difference_2_the_target_network_starts_as_a_copy_and_all_move(monkeypatch):
+    agents, compile_agent = [], script.compile_agent
+
+    def watched(primary, target, args):
+        agents.append((primary, target, primary.get_weights(), target.get_weights()))
+        return compile_agent(primary, target, args)
+
+    monkeypatch.setattr(script, "compile_agent", watched)
+    script.main(["--epochs", "25", "--delay-training", "150", "--epsilon-min-iter", "200"])
+    for primary, target, *starts in agents:
         assert target is not primary
-        for one, two in zip(primary_start, target_start, strict=True):
+        for one, two in zip(*starts, strict=True):
             np.testing.assert_array_equal(one, two)
         for model in (primary, target):
-            moved = [np.abs(a - b).max() for a, b in zip(model.get_weights(), primary_start)]
+            moved = [np.abs(a - b).max() for a, b in zip(model.get_weights(), starts[0])]
             assert min(moved) > 1e-4
-        starts.append(primary_start)
-    for one, two in zip(*starts):  # what both arms have starts alike: the trunk
-        if one.shape[0] != two.shape[0] or one.shape == (30, 2):
-            break
-        np.testing.assert_array_equal(one, two)
+    assert [len(agent[2]) for agent in agents] == [8, 12]  # Double Q, Dueling Q
+    for i in range(4):  # the trunk is the same in both arms
+        np.testing.assert_array_equal(agents[0][2][i], agents[1][2][i])
 
 
-def test_difference_3_epsilon_falls_without_a_jump(watched):
-    steps = [memory.added for memory in watched.memories]
-    assert len(watched.eps) == sum(steps)
-    for eps in (watched.eps[: steps[0]], watched.eps[steps[0] :]):
-        assert eps[:151] == [1.0] * 151
-        assert eps[250] == pytest.approx(1 - 0.99 / 2)
-        assert eps[350] == pytest.approx(0.01)
-        assert set(eps[351:]) == {eps[350]}
-        assert -np.diff(eps[150:351]) == pytest.approx([0.99 / 200] * 200)
+FLAGS = ["--delay-training", "150", "--epsilon-min-iter", "200"]
 
 
-def test_difference_4_untrained_steps_are_not_averaged(watched):
-    losses = iter(watched.losses)
-    for record in watched.results["arms"].values():
-        history, done = record["history"], 0
-        for length, avg_loss in zip(history["reward"], history["avg loss"]):
-            trained = [next(losses) for step in range(done + 1, done + length + 1) if step > 150]
-            assert avg_loss == (pytest.approx(statistics.mean(trained)) if trained else None)
-            done += length
-        assert history["avg loss"].count(None) > 1
-        assert min(loss for loss in history["avg loss"] if loss is not None) > 0
-    assert next(losses, None) is None
+@pytest.mark.parametrize(
+    ("level", "first"),
+    [
+        (0.9999, 151),  # the action after step 151 is the first that may be greedy
+        (0.5, 252),  # halfway: (252 - 150) / 200 * 0.99 = 0.505
+        (0.0101, 350),  # the end; the article's jumps down at 200
+    ],
+)
+def test_difference_3_epsilon_falls_without_a_jump(monkeypatch, level, first):
+    env = Scripted(600)
+    monkeypatch.setattr(script.random, "random", lambda: level)  # random while epsilon is above it
+    monkeypatch.setattr(script.random, "randrange", lambda actions: -1)
+    train_scripted(script, monkeypatch, env, "--epochs", "1", *FLAGS)
+    assert env.actions[:600] == [-1] * first + [1] * (600 - first)
 
 
-def test_difference_5_the_time_limit_is_no_terminal(monkeypatch):
-    watch_q.limit_steps(script, monkeypatch, 5)
-    run = watch_q.Watched(script, ["--epochs", "3", "--arms", "dueling"], "log", monkeypatch)
-    assert run.memories[0].added == 15
-    assert not run.memories[0].rows[:, 10].any()
+def test_difference_4_untrained_steps_are_not_averaged(monkeypatch):
+    # The 151st step is the first that trains.
+    env = Scripted(140, 10, 4, 2)
+    record, _ = train_scripted(script, monkeypatch, env, "--epochs", "4", *FLAGS)
+    assert record["history"] == {
+        "reward": [140, 10, 4, 2],
+        "avg loss": [None, None, (1 + 2 + 3 + 4) / 4, (5 + 6) / 2],
+        "mean q": [None, None, (10 + 20 + 30 + 40) / 4, (50 + 60) / 2],
+    }
 
 
-def test_differences_6_and_7_an_array_and_one_trace(watched):
-    assert {memory.rows.shape for memory in watched.memories} == {(500000, 11)}
-    assert [eager for *_, eager in watched.traces] == [False, False]
-    assert len(watched.losses) > 300
-
-
-def test_difference_8_it_ends():
-    assert script.build_parser().get_default("epochs") == 500
-
-
-def test_the_seed_and_one_arm_alone(watched):
-    _, results, _ = watch_q.run(script, [*CASE.tiny, "--arms", "dueling"])
-    history = results["arms"]["dueling"]["history"]
-    assert history == watched.results["arms"]["dueling"]["history"]
+@pytest.mark.parametrize("falls", [True, False])
+def test_difference_5_only_a_fall_is_a_terminal(monkeypatch, falls):
+    env = Scripted(5, 4, 6, falls=falls)
+    _, memory = train_scripted(script, monkeypatch, env, "--epochs", "3")
+    assert (memory.added, memory.max_memory) == (15, 500000)
+    assert np.flatnonzero(memory.terminals).tolist() == ([4, 8, 14] if falls else [])
 
 
 @pytest.mark.slow
 def test_claim_both_reach_180_and_neither_is_clearly_ahead():
     """Within 500 episodes, in three runs out of three; the means differ by less than the spread."""
-    _, results, _ = watch_q.run(script, ["--runs", "3"])
+    script.main(["--runs", "3"])
+    (path,) = pathlib.Path("log").glob("*/*/results.json")
     reached = [
         [run["final"]["episodes_to_180"] for run in record["runs"]]
-        for record in results["arms"].values()
+        for record in json.loads(path.read_text())["arms"].values()
     ]
     assert max(map(max, reached)) <= 500
     means, spreads = map(statistics.mean, reached), map(statistics.stdev, reached)

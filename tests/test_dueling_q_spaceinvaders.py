@@ -1,89 +1,76 @@
-"""dueling_q_spaceinvaders.py: the memory against a list of episodes, the step, kills, resuming."""
+"""dueling_q_spaceinvaders.py: frames, memory, gradient step, schedules, units, checkpoints."""
 
 import collections
 import json
-import shutil
 import types
 
 import gymnasium
-import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import Case, fails_in_one_line
 from PIL import Image
 
 import dueling_q_spaceinvaders as script
 
 keras = script.keras
 
-CASE = Case(
-    tiny=[
-        *("--epochs", "1", "--max-steps", "200", "--replay-size", "150"),
-        *("--delay-training", "160", "--epsilon-min-iter", "20", "--gif-every", "1"),
-    ],
-    final_epochs={"dueling": 1},
-    history={"dueling": ["reward", "avg loss"]},
-    events={"dueling": {"scalars": {"reward", "avg loss"}}},
-    figures=["reward.png"],
-    started="episode 1,",
-    again="episode 1,",
-    bad_flags=[
-        ["--episodes", "0"],
-        ["--replay-size", "99"],
-        ["--delay-training", "31"],
-        ["--epsilon-min-iter", "0"],
-        ["--gif-every", "0"],
-        ["--max-steps", "0"],
-        ["--resume", "no/such/run"],
-        ["--device", "all"],
-    ],
-)
+
+@pytest.fixture
+def short_games(monkeypatch):
+    """Make games of 40 steps."""
+    original = script.make_env
+    limited = lambda: gymnasium.wrappers.TimeLimit(original(), 40)  # noqa: E731
+    monkeypatch.setattr(script, "make_env", limited)
 
 
 # --- The environment ---
 
 
 def test_preprocessing_is_the_articles():
-    env = script.make_space_invaders()
+    env = script.make_env()
     env.reset(seed=0)
     for _ in range(30):
-        states, *_ = env.step(env.action_space.sample())
-    image = env.unwrapped.ale.getScreenRGB()
+        image, *_ = env.step(env.action_space.sample())
     assert image.shape == (210, 160, 3)
     assert image.std() > 10
+    frame = script.image_preprocess(image)
     # Without the rounding to whole numbers, which tf.image does once, and we at the end
     grey = tf.image.rgb_to_grayscale(tf.cast(image, tf.float32))
     exact = tf.image.resize(grey, (105, 80)).numpy()[:, :, 0]
-    np.testing.assert_allclose(states[-1], exact, atol=0.501)
+    np.testing.assert_allclose(frame, exact, atol=0.501)
     article = tf.image.resize(tf.image.rgb_to_grayscale(image), (105, 80)).numpy()[:, :, 0]
-    np.testing.assert_allclose(states[-1], article, atol=1.01)
-    assert states.dtype == np.uint8
+    np.testing.assert_allclose(frame, article, atol=1.01)
+    assert frame.dtype == np.uint8
+
+
+def test_the_stack_moves_by_one_frame():
+    env = script.make_env()
+    stack = script.start_game(env, seed=0)
+    np.testing.assert_array_equal(stack[0], script.image_preprocess(env.reset(seed=0)[0]))
+    assert (stack == stack[0]).all()
+    stack = np.stack([frame(number) for number in (1, 2, 3)])
+    moved = script.process_state_stack(stack, frame(4))
+    np.testing.assert_array_equal(moved, np.stack([frame(number) for number in (2, 3, 4)]))
+    # The network gets the same frames last, from 0 to 1
+    np.testing.assert_allclose(
+        script.network_input(moved[np.newaxis])[0], np.moveaxis(moved, 0, -1) / 255, rtol=1e-6
+    )
 
 
 def test_the_rhythm_is_that_of_the_articles_game():
-    env = script.make_space_invaders()
+    env = script.make_env()
     ale = env.unwrapped.ale
-    assert env.unwrapped.spec.kwargs["repeat_action_probability"] == 0.25
     assert ale.getFloat("repeat_action_probability") == 0.25
-    states, _ = env.reset(seed=0)
-    assert states.shape == (script.NUM_FRAMES, 105, 80)
-    assert (states == states[0]).all()
-    skips, first = collections.Counter(), states[0]
-    for step in range(300):
+    assert env.action_space.n == script.NUM_ACTIONS
+    env.reset(seed=0)
+    skips = collections.Counter()
+    for _ in range(100):
         before = ale.getEpisodeFrameNumber()
-        previous = states
-        states, _, terminated, _, _ = env.step(1)
+        _, _, terminated, _, _ = env.step(1)
         assert not terminated
         skips[ale.getEpisodeFrameNumber() - before] += 1
-        np.testing.assert_array_equal(states[:-1], previous[1:])
-        if step == 0:
-            np.testing.assert_array_equal(states[:2], [first, first])
-        if sum(skips.values()) == 100:
-            break
     assert set(skips) == {2, 3, 4}
     assert min(skips.values()) > 20
-    assert env.action_space.n == script.NUM_ACTIONS
 
 
 # --- The memory ---
@@ -129,7 +116,7 @@ def draws(memory, count):
         frames, actions, rewards, terminals = memory.sample(32)
         assert (frames == frames[:, :, :1, :1]).all()
         assert (frames.dtype, frames.shape[1:]) == (np.uint8, (script.NUM_FRAMES + 1, 105, 80))
-        columns = actions[:, 0].astype(int), rewards[:, 0], terminals[:, 0].astype(bool)
+        columns = actions.astype(int), rewards, terminals.astype(bool)
         windows = map(tuple, frames[:, :, 0, 0].tolist())
         found.update(zip(windows, *(column.tolist() for column in columns)))
     return found
@@ -197,8 +184,8 @@ def test_difference_4_bytes_of_a_frame(tmp_path, capsys):
 def test_difference_5_the_mean_is_over_the_actions():
     network = script.DQModel(256, 6)
     layers = {layer.name: layer for layer in network.layers}
-    streams = keras.Model(network.inputs, [layers["v_out"].output, layers["adv_out"].output])
-    states = np.random.default_rng(0).integers(0, 256, (5, 3, 105, 80), dtype="uint8")
+    streams = keras.Model(network.input, [layers["v_out"].output, layers["adv_out"].output])
+    states = np.random.default_rng(0).uniform(size=(5, 105, 80, 3)).astype("float32")
     q, (v, adv) = network(states).numpy(), (part.numpy() for part in streams(states))
     np.testing.assert_allclose(q, v + adv - adv.mean(axis=1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(q.mean(axis=1), v[:, 0], atol=1e-4)
@@ -208,90 +195,109 @@ def test_difference_5_the_mean_is_over_the_actions():
     assert network.count_params() == 16 * 193 + 32 * 257 + streams
 
 
-def test_a_step_is_the_articles_with_the_right_frames():
+@pytest.mark.parametrize("double_q", [True, False])
+def test_a_step_is_the_articles_with_the_right_frames(double_q):
     """Against the article's own way: targets set in NumPy, Huber, Adam, `train_on_batch`."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (32, 4, 105, 80), dtype="uint8")
-    actions = rng.integers(0, 6, (32, 1)).astype("float32")
-    rewards = rng.normal(scale=3, size=(32, 1)).astype("float32")
-    terminals = (np.arange(32)[:, np.newaxis] % 4 == 0).astype("float32")
+    actions = rng.integers(0, 6, 32).astype("float32")
+    rewards = rng.normal(scale=3, size=32).astype("float32")
+    terminals = (np.arange(32) % 4 == 0).astype("float32")
     primary, target, theirs = (script.DQModel(256, 6) for _ in range(3))
     theirs.set_weights(primary.get_weights())
-    states, next_states = frames[:, :3], frames[:, 1:]
+    scaled = frames.transpose(0, 2, 3, 1) / np.float32(255)
+    states, next_states = scaled[..., :3], scaled[..., 1:]
     target_q, rows = primary(states).numpy(), np.arange(32)
-    best = primary(next_states).numpy().argmax(axis=1)
-    assert (best != target(next_states).numpy().argmax(axis=1)).any()
-    updates = rewards[:, 0].copy()
-    valid = terminals[:, 0] == 0
-    updates[valid] += 0.99 * target(next_states).numpy()[rows, best][valid]
-    target_q[rows, actions[:, 0].astype(int)] = updates
+    prim_qtp1, q_from_target = primary(next_states).numpy(), target(next_states).numpy()
+    best = prim_qtp1.argmax(axis=1)
+    assert (best != q_from_target.argmax(axis=1)).any()
+    judge = q_from_target if double_q else prim_qtp1
+    updates = rewards.copy()
+    valid = terminals == 0
+    updates[valid] += 0.99 * judge[rows, best][valid]
+    target_q[rows, actions.astype(int)] = updates
     theirs.compile(optimizer=keras.optimizers.Adam(), loss=keras.losses.Huber())
     expected_loss = theirs.train_on_batch(states, target_q)
-    old_target = target.get_weights()
 
     optimizer = keras.optimizers.Adam()
     optimizer.build(primary.trainable_variables)
-    step = tf.function(script.dueling_q_step, jit_compile=True)
-    loss = step(frames, actions, rewards, terminals, primary, target, optimizer)
+    batch = frames, actions, rewards, terminals
+    judging = target if double_q else None
+    loss, mean_q = script.train(batch, primary, optimizer.apply, judging)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
-    for ours, other, old, new in zip(
-        primary.get_weights(), theirs.get_weights(), old_target, target.get_weights(), strict=True
-    ):
+    np.testing.assert_allclose(mean_q, judge.max(axis=1).mean(), rtol=1e-4)
+    for ours, other in zip(primary.get_weights(), theirs.get_weights(), strict=True):
         # Adam's first step is the sign of the gradient, whatever its size: where it is near zero,
         # rounding decides
         assert np.mean(np.abs(ours - other) > 1e-5) < 1e-3
-        np.testing.assert_allclose(new, 0.92 * old + 0.08 * ours, atol=1e-6)
 
 
-# --- Training ---
+def test_learning_is_double_q_and_the_target_follows():
+    agent, twin = script.Agent(seed=0), script.Agent(seed=0)
+    initial = agent.primary_network.get_weights()
+    for one, other in zip(initial, agent.target_network.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)  # difference 5: it starts as a copy
+    rng = np.random.default_rng(0)
+    judge = [weight + rng.normal(scale=0.01, size=weight.shape) for weight in initial]
+    for network in (agent.target_network, twin.target_network):
+        network.set_weights(judge)
+    frames = rng.integers(0, 256, (32, 4, 105, 80), dtype="uint8")
+    batch = frames, *(np.ones(32, "float32"),) * 2, np.zeros(32, "float32")
+    expected = script.train(batch, twin.primary_network, twin.apply_gradients, twin.target_network)
+    np.testing.assert_allclose(agent.learn(*batch), expected, rtol=1e-4)
+    weights = agent.target_network.get_weights(), agent.primary_network.get_weights()
+    for before, after, primary in zip(judge, *weights, strict=True):
+        np.testing.assert_allclose(after, 0.92 * before + 0.08 * primary, atol=1e-6)
 
 
-@pytest.fixture
-def short_games(monkeypatch):
-    """Make episodes of 40 steps."""
-    original = script.make_space_invaders
-    limited = lambda: gymnasium.wrappers.TimeLimit(original(), 40)  # noqa: E731
-    monkeypatch.setattr(script, "make_space_invaders", limited)
+def test_difference_7_the_units_of_the_advantage_stream_stay_alive(tmp_path):
+    """With Adam's own epsilon 44 to 93 of 256 are left, with ours 203 to 228 (seeds 0 to 4)."""
+    memory, env = script.Memory(tmp_path / "replay", 3001), script.make_env()
+    np.random.seed(0)
+    env.reset(seed=0)
+    while memory.added < 3000:
+        memory.add_sample(script.start_game(env)[-1], start=True)
+        terminated = False
+        while not terminated and memory.added < 3000:
+            action = np.random.randint(6)
+            image, reward, terminated, _, _ = env.step(action)
+            memory.add_sample(script.image_preprocess(image), action, reward, terminated)
+    states = memory.sample(64)[0][:, :3]
+    agent = script.Agent(seed=0)
+    assert script.active_units(agent.primary_network, states).sum() > 200
+    for _ in range(300):
+        agent.learn(*memory.sample(script.BATCH_SIZE))
+    assert script.active_units(agent.primary_network, states).sum() > 128
 
 
-@pytest.fixture
-def short(short_games, monkeypatch):
-    """Make episodes of 40 steps, and a training step that only returns a loss."""
-    monkeypatch.setattr(script, "dueling_q_step", lambda *batch: tf.constant(2.0))
+# --- Training and evaluation ---
 
 
-def test_differences_5_and_6_the_copy_epsilon_and_the_mean_loss(short, monkeypatch):
+def test_difference_6_epsilon_and_the_mean_loss(short_games, monkeypatch):
     seen, choose_action = [], script.choose_action
-    networks, network = [], script.DQModel
 
-    def build(*sizes):
-        networks.append(network(*sizes))
-        return networks[-1]
-
-    monkeypatch.setattr(script, "DQModel", build)
-
-    def watched(state, best_action, eps):
+    def watched(state, q_values, eps):
         seen.append(eps)
-        return choose_action(state, best_action, eps)
+        return choose_action(state, q_values, eps)
 
     monkeypatch.setattr(script, "choose_action", watched)
-    flags = ["--epochs", "4", "--delay-training", "50", "--epsilon-min-iter", "60"]
-    final = script.main([*flags, "--replay-size", "120", "--gif-every", "2", "--max-steps", "150"])
-    for primary, target in zip(*(network.get_weights() for network in networks), strict=True):
-        np.testing.assert_array_equal(primary, target)  # nothing was trained here
-    training, greedy = seen[:150], seen[150:]
-    assert set(greedy) == {0}
+    monkeypatch.setattr(script, "train", lambda *_: (tf.constant(2.0), tf.constant(3.0)))
+    flags = ["--epochs", "9", "--delay-training", "50", "--epsilon-min-iter", "60"]
+    flags += ["--replay-size", "120", "--gif-every", "2", "--max-steps", "150"]
+    final = script.main(flags)["dueling"]
     expected = [1.0] * 51 + [1 - 0.9 * i / 60 for i in range(1, 61)] + [0.1] * 39
-    np.testing.assert_allclose(training, expected, atol=1e-9)
+    np.testing.assert_allclose(seen[:150], expected, atol=1e-9)
+    assert seen[150:] == [0] * 400 + [0.1] * 400  # ten games each
     (path,) = script.pathlib.Path("log").glob("*/*/results.json")
-    record = json.loads(path.read_text())["arms"]["dueling"]
-    assert record["history"]["avg loss"] == [None, 2.0, 2.0, 2.0]
-    assert len(record["history"]["reward"]) == 4  # the last one cut after 30 steps
-    assert final["dueling"]["steps"] == 150
+    history = json.loads(path.read_text())["arms"]["dueling"]["history"]
+    assert history["avg loss"] == [None, 2.0, 2.0, 2.0]
+    assert history["mean q"] == [None, 3.0, 3.0, 3.0]
+    assert len(history["reward"]) == 4  # the last one cut after 30 steps
+    assert final["steps"] == 150
+    assert final["random_reward"] == history["reward"][0]
     names = {path.name for path in path.parent.glob("*.gif")}
-    assert names == {"episode_2.gif", "episode_4.gif", "best.gif"}
-    assert not (path.parent / "replay").exists()
+    assert names == {"episode_2.gif", "episode_4.gif", "best.gif", "best_epsilon.gif"}
     with Image.open(path.parent / "episode_2.gif") as gif:
         assert gif.size == (320, 480)
         pictures = {gif.seek(i) or gif.convert("RGB").tobytes() for i in range(gif.n_frames)}
@@ -299,221 +305,63 @@ def test_differences_5_and_6_the_copy_epsilon_and_the_mean_loss(short, monkeypat
     assert min(np.frombuffer(picture, "uint8").std() for picture in pictures) > 10
 
 
-def test_too_little_room(short, monkeypatch, capsys):
-    usage = types.SimpleNamespace(free=10**6)
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
-    code, line = fails_in_one_line(lambda: script.run_as_command(lambda: script.main([])), capsys)
-    assert (code, "--replay-size" in line) == (1, True)
-    assert not list(script.pathlib.Path("log").glob("*/*/replay"))
+def test_evaluation_by_hand(tmp_path, short_games, monkeypatch):
+    """An agent that always fires: ten games, each from its own seed, and the same ten again."""
+    seeds, start_game = [], script.start_game
+
+    def watched(env, seed):
+        seeds.append(seed)
+        return start_game(env, seed)
+
+    monkeypatch.setattr(script, "start_game", watched)
+    env, path = script.make_env(), tmp_path / "best.gif"
+    fires = types.SimpleNamespace(q_values=lambda states: np.array([[0, 1, 0, 0, 0, 0]]))
+    reward, actions, states = script.evaluate(env, fires, 0, 5, path)
+    assert actions == [1] * 400
+    assert np.shape(states) == (40, 3, 105, 80)
+    again, actions, others = script.evaluate(env, fires, 0, 5, path)
+    assert again == reward
+    np.testing.assert_array_equal(states, others)
+    assert len(set(seeds)) == 10
+    _, actions, _ = script.evaluate(env, fires, 0.5, 5, path)
+    assert 0.5 < actions.count(1) / 400 < 0.67  # a random action is it too, once in six
 
 
-def test_a_loss_that_is_not_finite_keeps_the_checkpoint(short, monkeypatch, capsys):
-    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
-    steps = tf.Variable(0)
-    loss = lambda *batch: tf.where(steps.assign_add(1) > 60, np.nan, 1.0)  # noqa: E731
-    monkeypatch.setattr(script, "dueling_q_step", loss)
-    flags = ["--delay-training", "40", "--replay-size", "200", "--epochs", "10"]
-    code, line = fails_in_one_line(
-        lambda: script.run_as_command(lambda: script.main(flags)), capsys
-    )
-    assert (code, "not finite" in line) == (1, True)
-    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
-    rewards = json.loads(path.read_text())["arms"]["dueling"]["history"]["reward"]
-    assert len(rewards) == 2  # the third holds the NaN
-    (index,) = path.parent.glob("checkpoint/*.index")
-    reader = tf.train.load_checkpoint(str(index.with_suffix("")))
-    assert reader.get_tensor("done/.ATTRIBUTES/VARIABLE_VALUE").tolist() == [2, 80]
+def test_active_units_by_hand():
+    network = script.DQModel(256, 6)
+    layer = network.get_layer("adv_dense")
+    layer.set_weights([np.zeros((2816, 256)), np.repeat([1.0, -1.0, 0.0], [100, 100, 56])])
+    active = script.active_units(network, np.zeros((7, 3, 105, 80), "uint8"))
+    np.testing.assert_array_equal(active, np.arange(256) < 100)
 
 
-# --- Resuming ---
-
-# Forks children that train; kills them at random moments; prints what they did, as JSON lines.
-KILLER = """
-import json, os, random, signal, sys, time
-import numpy as np
-import dueling_q_spaceinvaders as script
-
-log = open("log.jsonl", "a", buffering=1)
-original_env, add_sample, write_results = (
-    script.make_space_invaders, script.Memory.add_sample, script.write_results)
-
-def child(flags):
-    limit = script.gymnasium.wrappers.TimeLimit
-    script.make_space_invaders = lambda: limit(original_env(), random.randint(5, 30))
-    script.CHECKPOINT_SECONDS = 0.1
-    script.dueling_q_step = lambda *batch: script.tf.reduce_mean(batch[2])
-    script.save_gif = lambda frames, path: None
-    network = script.DQModel
-    script.DQModel = lambda hidden_size, num_actions: network(4, num_actions)
-    script.choose_action = lambda state, best_action, eps: random.randrange(6)
-    def add(self, frame, action=0, reward=0.0, terminal=False, start=False):
-        row = [int(frame.sum()), int(action), float(reward), bool(terminal), bool(start)]
-        log.write(json.dumps({"number": self.added + 1, "row": row}) + "\\n")
-        add_sample(self, frame, action, reward, terminal, start)
-    script.Memory.add_sample = add
-    def write(run_dir, results):
-        for arm in results["arms"].values():
-            log.write(json.dumps({"history": arm["history"]["reward"]}) + "\\n")
-        write_results(run_dir, results)
-    script.write_results = write
-    sys.stdout = open(os.devnull, "w")
-    script.main(flags)
-    os._exit(0)
-
-flags, kills = sys.argv[1:], 0
-random.seed(0)
-while True:
-    runs = sorted(script.pathlib.Path("log").glob("*/*/results.json"))
-    size, last = os.path.getsize("log.jsonl"), kills >= 12
-    pid = os.fork()
-    if not pid:
-        random.seed(kills)
-        child(["--resume", str(runs[0].parent), "--epochs", "80"] if runs else flags)
-    if not last:  # let it play for up to 150 frames; some are killed before the first
-        size += random.randint(0, 12000)
-        patience = time.monotonic() + (1.5 if kills % 6 == 5 else 60)
-        while os.path.getsize("log.jsonl") <= size and time.monotonic() < patience:
-            time.sleep(random.uniform(0, 0.02))
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        kills += 1
-        log.write(json.dumps({"killed": kills}) + "\\n")
-    if last or not os.WIFSIGNALED(status):
-        print(kills, status)
-        break
-    if kills == 12:  # keep the ring for the test, as it was after the last kill
-        (run,) = script.pathlib.Path("log").glob("*/*/replay")
-        run.with_name("kept").write_bytes(run.read_bytes())
-        log.write(json.dumps({"kept": True}) + "\\n")
-"""
-
-
-def test_resume_after_kills(tmp_path):
-    """Twelve kills at random: no episode is lost or doubled, the ring holds what happened."""
-    (tmp_path / "log.jsonl").touch()
-    flags = [
-        "--epochs",
-        "4000",
-        "--replay-size",
-        "300",
-        "--delay-training",
-        "40",
-        "--logdir",
-        "log",
-    ]
-    run = helpers.finish(helpers.start(["-c", KILLER, *flags], tmp_path), tmp_path)
-    assert run.code == 0, run.stderr
-    assert run.stdout.split()[-2:] == ["12", "0"]
-    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    (kept_at,) = [i for i, entry in enumerate(entries) if "kept" in entry]
-
-    # The history only ever grows, but for what came after the last checkpoint, played again
-    written = [entry["history"] for entry in entries if "history" in entry]
-    assert max(map(len, written)) > 20
-    for before, after in zip(written, written[1:]):
-        if len(after) > len(before):
-            assert after[: len(before)] == before
-            assert len(after) == len(before) + 1
-    final = run.results["arms"]["dueling"]["history"]["reward"]
-    assert final == written[-1]
-    assert len(final) == max(80, *map(len, written))
-    assert run.results["complete"]
-
-    # The ring: what was logged last under a number is what it holds under that number
-    rows = {e["number"]: e["row"] for e in entries[:kept_at] if "number" in e}
-    slots = np.fromfile(run.folder / "kept", script.SLOT)
-    newest = int(slots["number"].max())
-    assert newest in (max(rows), max(rows) - 1)
-    assert newest > 2 * len(slots)
-    held = [slot for slot in slots if slot["number"] > newest - len(slots) + 1]
-    assert len(held) == len(slots) - 1
-    for slot in held:
-        row = [int(slot["frame"].sum()), *(slot[name].item() for name in slot.dtype.names[1:-1])]
-        assert row == rows[int(slot["number"])]
-    steps = [entry for entry in entries[:kept_at] if "number" in entry]
-    resumed = [b for a, b in zip(entries, entries[1:]) if "killed" in a and "number" in b]
-    assert resumed
-    assert all(entry["row"][-1] for entry in resumed)  # a resumed game starts an episode
-    assert len(steps) >= newest
-
-
-def test_a_resumed_run_takes_the_same_next_step(short_games, monkeypatch):
-    """Networks, optimizer and counters come back from the checkpoint, bit for bit."""
-    agents = []
-
-    def watched(*arguments):
-        agents.append(arguments[4:])
-        return tf.constant(0.5)
-
-    monkeypatch.setattr(script, "dueling_q_step", watched)
-    monkeypatch.setattr(script, "update_network", None)
-    flags = ["--delay-training", "40", "--replay-size", "200", "--gif-every", "99"]
-
-    def noise(*variables):
-        for i, variable in enumerate(variables):
-            generator = np.random.default_rng(i)
-            variable.assign(generator.normal(size=variable.shape).astype("float32"))
-
-    plot = script.plot
-    monkeypatch.setattr(script, "plot", lambda *_: (_ for _ in ()).throw(OSError("stopped here")))
-    real_save = tf.train.CheckpointManager.save
-
-    def save(manager):
-        if agents:
-            primary, target, optimizer = agents[0]
-            noise(*primary.variables, *target.variables, *optimizer.variables[2:])
-            optimizer.iterations.assign(77)
-        return real_save(manager)
-
-    monkeypatch.setattr(tf.train.CheckpointManager, "save", save)
-    with pytest.raises(OSError, match="stopped"):
-        script.main([*flags, "--epochs", "3"])
-    monkeypatch.setattr(tf.train.CheckpointManager, "save", real_save)
-    monkeypatch.setattr(script, "plot", plot)
-    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
-    assert (path.parent / "replay").exists()
-    script.main(["--resume", str(path.parent), "--epochs", "4"])
-    (before, after) = agents[0], agents[-1]
-    assert before[0] is not after[0]
-    for one, other in zip(before, after):
-        for a, b in zip(one.variables, other.variables, strict=True):
-            np.testing.assert_array_equal(a.numpy(), b.numpy())
-    assert int(after[2].iterations) == 77
-    results = json.loads(path.read_text())
-    assert len(results["arms"]["dueling"]["history"]["reward"]) == 4
-    assert results["arms"]["dueling"]["final"]["steps"] == 160
-
-
-def test_a_trained_model_only_plays(smoke_run, tmp_path, short, monkeypatch):
-    run_dir = tmp_path / "copy"
-    shutil.copytree(smoke_run("dueling_q_spaceinvaders").folder, run_dir)
-    (run_dir / "best.gif").unlink()
-    monkeypatch.setattr(script, "Memory", None)  # neither filled nor drawn from
-    before = json.loads((run_dir / "results.json").read_text())["arms"]["dueling"]
-    model = keras.models.load_model(run_dir / "dueling.keras")
-    script.main(["--resume", str(run_dir), "--epochs", "1"])
-    after = json.loads((run_dir / "results.json").read_text())["arms"]["dueling"]
-    assert after["history"] == before["history"]
-    assert (run_dir / "best.gif").exists()
-    again = keras.models.load_model(run_dir / "dueling.keras")
-    for one, other in zip(model.get_weights(), again.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize("kind", ["data-00000-of-00001", "index"])
-def test_damaged_checkpoint(smoke_run, tmp_path, capsys, kind):
-    code, line = helpers.resume_a_damaged_checkpoint(
-        script, smoke_run("dueling_q_spaceinvaders"), kind, tmp_path, capsys
-    )
-    assert (code, "damaged" in line, "checkpoint" in line) == (1, True, True)
+def test_a_checkpoint_brings_back_everything(tmp_path):
+    """Networks, optimizer and counters, bit for bit, even where a kill cut the next one off."""
+    folder = tmp_path / "a[1] *"
+    folder.mkdir()
+    agent, rng = script.Agent(seed=0), np.random.default_rng(0)
+    for number in (1, 2):
+        for variable in agent.variables:
+            variable.assign(rng.integers(1, 99, variable.shape))
+        agent.episodes, agent.steps = number, 10 * number
+        agent.save(folder)
+    (folder / "checkpoint.new.npz").write_bytes((folder / "checkpoint.npz").read_bytes()[:100])
+    other = script.Agent(seed=1)
+    other.restore(folder)
+    assert (other.episodes, other.steps) == (2, 20)
+    assert len(other.variables) == 12 + 12 + 24 + 2  # moments, iterations, learning rate
+    for one, two in zip(agent.variables, other.variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+    expected = [agent, other]
+    noise = rng.integers(0, 256, (32, 4, 105, 80), dtype="uint8")
+    batch = noise, *(np.ones(32, "float32"),) * 3
+    losses = [float(one.learn(*batch)[0]) for one in expected]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
 def test_claim_the_reward_rises():
-    """More points than random play's 140 to 160, after an hour or two on two cores.
-
-    No proof of learning from the screen: fire, held for a whole game, gives 285 points.
-    """
+    """More points than random play's 140 to 160, after an hour or two on two cores."""
     flags = ["--epochs", "400", "--delay-training", "5000", "--epsilon-min-iter", "100000"]
-    assert script.main(flags)["dueling"]["reward"] > 180
+    final = script.main(flags)["dueling"]
+    assert final["reward"] > 1.3 * final["random_reward"]
