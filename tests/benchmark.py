@@ -73,12 +73,12 @@ def mnist():
             optimizers["article"].apply_gradients(zip(gradients, weights["article"]))
 
     def runner(name, step):
-        apply_gradients = tf.function(optimizers[name].apply)
+        optimizers[name].apply = tf.function(optimizers[name].apply)
 
         def run():
             for _ in range(steps):
                 batch_x, batch_y = script.get_batch(ours, labels, 100)
-                step(tf.constant(batch_x), tf.constant(batch_y), weights[name], apply_gradients)
+                step(tf.constant(batch_x), tf.constant(batch_y), weights[name], optimizers[name])
 
         return run
 
@@ -129,9 +129,8 @@ def resnet():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (50000, 32, 32, 3), dtype="uint8")
     labels = rng.integers(0, 10, (50000, 1), dtype="uint8")
-    dataset, _ = script.make_datasets(((images, labels), (images[:10], labels[:10])), 64, seed=0)
+    dataset, _ = script.make_datasets((images, labels), (images[:10], labels[:10]), 64, seed=0)
     model = script.build_model("resnet")
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["acc"])
     fit_against_bound("resnet_cifar10", model, dataset, steps=60)
 
 
@@ -224,11 +223,11 @@ def article_q_agent(dueling):
 OUR_Q_AGENT = """
 import contextlib, importlib, io, sys, tempfile, time
 script, flags, notes = importlib.import_module(sys.argv[1]), sys.argv[2:], []
-class Stopwatch(script.EpisodeRecorder):
-    def add(self, reward, avg_loss):
-        super().add(reward, avg_loss)
-        notes.append((sum(self.history["reward"]), time.perf_counter()))
-script.EpisodeRecorder = Stopwatch
+class Stopwatch(script.EpisodeLog):
+    def add(self, values, note=""):
+        super().add(values, note)
+        notes.append((sum(self.record["history"]["reward"]), time.perf_counter()))
+script.EpisodeLog = Stopwatch
 print("ready", flush=True)
 for line in sys.stdin:
     notes.clear()
@@ -432,11 +431,9 @@ def reinforce():
     """reinforce_cartpole: environment steps, an update an episode, against the article's way."""
     import reinforce_cartpole as script
 
-    env, (network, theirs) = script.make_env(), (script.build_model() for _ in range(2))
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(network.trainable_variables)
-    policy = script.compile_policy(network)
-    update = tf.function(script.update_network, jit_compile=True)
+    env = script.gymnasium.make("CartPole-v1", max_episode_steps=script.MAX_LENGTH)
+    network, theirs = script.build_model(), script.build_model()
+    policy, update = script.compile_agent(network)
     theirs.compile(loss="categorical_crossentropy", optimizer="adam")
 
     def article_action(state):
@@ -448,7 +445,7 @@ def reinforce():
         return theirs.train_on_batch(np.vstack(states), np.eye(2)[actions], sample_weight=returns)
 
     def our_update(states, actions, returns):
-        return float(update(network, optimizer, *script.pad_episode(states, actions, returns, 200)))
+        return float(update(*script.pad_episode(states, actions, returns)))
 
     def runner(choose, learn):
         """1,200 steps, an update every 150: the mean length of an episode in five runs."""
@@ -488,10 +485,8 @@ def gap():
     dataset = tf.data.Dataset.range(3072).map(image)
     dataset = dataset.map(lambda image, label: (tf.cast(image, tf.uint8), label)).cache()
     sets = [dataset, dataset, dataset]
-    args = script.parse_args([])
-    dataset = script.batch_sets(sets, len(dataset), args)[0]
+    dataset = script.make_datasets(sets, 64, len(dataset), 0)[0]
     model = script.build_model("gap")
-    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
     fit_against_bound("gap_cats_dogs", model, dataset, steps=60)
 
 

@@ -1,9 +1,8 @@
 """reinforce_cartpole.py: returns and gradients by hand, the trap, the differences it lists."""
 
-import json
-import pathlib
-
+import helpers
 import numpy as np
+import oracles
 import pytest
 import tensorflow as tf
 
@@ -15,10 +14,7 @@ keras = script.keras
 def train(*flags):
     """Run the script; return its runs as they stand in results.json."""
     script.main(list(flags))
-    newest = max(
-        pathlib.Path("log").glob("*/*/results.json"), key=lambda path: path.stat().st_mtime
-    )
-    return json.loads(newest.read_text())["arms"]["reinforce"]["runs"]
+    return helpers.newest_results(".")[1]["arms"]["reinforce"]["runs"]
 
 
 def episode(length, seed=0):
@@ -33,28 +29,10 @@ def new_network():
     return script.build_model()
 
 
-def gradient_of_update(network, tensors):
-    """Return the loss and what update_network climbs down: plain descent moves weights by it."""
-    before, sgd = network.get_weights(), keras.optimizers.SGD(1.0)
-    sgd.build(network.trainable_variables)
-    loss = script.update_network(network, sgd, *tensors)
-    gradient = [old - new for old, new in zip(before, network.get_weights())]
-    network.set_weights(before)
-    return float(loss), gradient
-
-
-def score_function_gradient(network, states, actions, returns):
-    """Return loss and gradient of -mean(G log p(a|s)), in float64, forward and back by hand."""
-    W1, b1, W2, b2, W3, b3 = (weight.astype("float64") for weight in network.get_weights())
-    h1 = np.maximum(states @ W1 + b1, 0)
-    h2 = np.maximum(h1 @ W2 + b2, 0)
-    logits = h2 @ W3 + b3
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    loss = -np.mean(returns * np.log(p[np.arange(len(actions)), actions]))
-    d3 = returns[:, None] * (p - np.eye(2)[actions]) / len(actions)
-    d2 = (d3 @ W3.T) * (h2 > 0)
-    d1 = (d2 @ W2.T) * (h1 > 0)
-    return loss, [states.T @ d1, d1.sum(0), h1.T @ d2, d2.sum(0), h2.T @ d3, d3.sum(0)]
+def gradient_of_update(network, *episode):
+    """Return the loss of an episode, and what update_network climbs down."""
+    tensors = script.pad_episode(*episode)
+    return oracles.gradient_of(network, lambda sgd: script.update_network(network, sgd, *tensors))
 
 
 def test_returns_of_the_articles_four_steps():
@@ -95,9 +73,14 @@ def test_actions_follow_the_policy():
 @pytest.mark.parametrize("length", [1, 7, 200])
 def test_difference_1_the_gradient_is_the_score_functions(length):
     network, (states, actions, returns) = new_network(), episode(length)
-    loss, gradient = gradient_of_update(network, script.pad_episode(states, actions, returns))
-    expected_loss, expected = score_function_gradient(network, states, actions, returns)
-    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    loss, gradient = gradient_of_update(network, states, actions, returns)
+    # -mean(G log p(a|s)), in float64, forward and back by hand
+    outputs, rows = oracles.mlp(states, network.get_weights()), np.arange(length)
+    p = oracles.softmax(outputs[-1])
+    expected_loss = -np.mean(returns * np.log(p[rows, actions]))
+    delta = returns[:, None] * (p - np.eye(2)[actions]) / length
+    expected = oracles.mlp_gradients(outputs, network.get_weights(), delta)
+    assert float(loss) == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
     for part, other in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(part, other, atol=2e-6 * np.abs(other).max() + 1e-6)
 
@@ -109,8 +92,8 @@ def test_difference_1_the_trap_by_hand():
     inputs = keras.Input((4,))
     outputs = keras.layers.Dense(2, activation="softmax", kernel_initializer="zeros")(inputs)
     network = keras.Model(inputs, outputs)
-    loss, (_, right) = gradient_of_update(network, script.pad_episode(states, actions, returns))
-    assert loss == pytest.approx(np.mean(returns) * np.log(2))
+    loss, (_, right) = gradient_of_update(network, states, actions, returns)
+    assert float(loss) == pytest.approx(np.mean(returns) * np.log(2))
     np.testing.assert_allclose(right, [-0.5, 0.5], atol=1e-6)
     network.compile(loss="categorical_crossentropy", optimizer=keras.optimizers.SGD(1.0))
     trap_loss = network.train_on_batch(states, returns[:, None] * np.eye(2)[actions])
@@ -143,9 +126,7 @@ def test_difference_2_equal_returns_teach_nothing():
     assert script.standardise(np.full(3, 7.5)).tolist() == [0, 0, 0]
     network = new_network()
     returns = script.standardise(script.discounted_returns([1.0], 0.95))  # an episode of one step
-    loss, gradient = gradient_of_update(
-        network, script.pad_episode(np.ones((1, 4), "float32"), [1], returns)
-    )
+    loss, gradient = gradient_of_update(network, np.ones((1, 4), "float32"), [1], returns)
     assert loss == 0
     assert not any(part.any() for part in gradient)
 
@@ -171,10 +152,10 @@ def test_difference_3_one_update_fits_all_episodes(monkeypatch):
     (run,) = train("--epochs", "20")
     assert len(set(run["history"]["reward"])) > 5  # episodes of many lengths, and one shape
     assert traced == [(200, 4)]
-    saved = keras.models.load_model(next(pathlib.Path("log").glob("*/*/reinforce.keras")))
+    saved = keras.models.load_model(helpers.newest_results(".")[0] / "reinforce.keras")
     keras.utils.set_random_seed(0)
-    for one, two in zip(saved.get_weights(), script.build_model().get_weights()):
-        assert np.abs(one - two).max() > 1e-4  # it has learned
+    first = script.build_model().get_weights()
+    assert oracles.smallest_move(saved.get_weights(), first) > 1e-4  # it has learned
 
 
 def test_difference_4_it_ends(monkeypatch):

@@ -92,6 +92,17 @@ def test_the_table_of_claims_was_measured(script):
     assert all(pair in TABLES for pair in re.findall(r"\d\S* \+- [\d.]+\d", module.__doc__))
 
 
+@pytest.mark.parametrize(("noise", "file"), [(0, ".plain"), (1, ".noise"), (3, ".noise3")])
+def test_the_table_of_overestimation_was_measured(noise, file):
+    for arm in ("dqn", "dqn_target", "double"):
+        record = json.loads((RESULTS / f"double_q_cartpole{file}.json").read_text())["arms"][arm]
+        values = [run["final"]["overestimation"] for run in record["runs"]]
+        row = (
+            f"| {noise} | `{arm}` | {HOW['spread'](values, 1)} | {statistics.median(values):.1f} |"
+        )
+        assert row in TABLES
+
+
 def test_readme_repeats_what_was_measured():
     readme = (ROOT / "README.md").read_text()
     assert all(stands_in(text, readme) for entry in IN_README for text in texts(*entry))
