@@ -100,12 +100,12 @@ class Memory:
 
     def __init__(self, max_memory):
         self.max_memory = max_memory
-        self.states = np.zeros((max_memory, 4), "float32")
-        self.actions = np.zeros(max_memory, "int32")
-        self.rewards = np.zeros(max_memory, "float32")
-        self.next_states = np.zeros((max_memory, 4), "float32")
-        self.terminals = np.zeros(max_memory, "float32")
-        self.columns = self.states, self.actions, self.rewards, self.next_states, self.terminals
+        self.rows = np.zeros((max_memory, 11), "float32")  # a batch of it is copied in one go
+        self.states = self.rows[:, 0:4]
+        self.actions = self.rows[:, 4]
+        self.rewards = self.rows[:, 5]
+        self.next_states = self.rows[:, 6:10]
+        self.terminals = self.rows[:, 10]
         self.added = 0
 
     def add_sample(self, state, action, reward, next_state, terminal):
@@ -118,9 +118,14 @@ class Memory:
         self.added += 1
 
     def sample(self, no_samples):
-        """Return states, actions, rewards, next states, terminals of steps, none drawn twice."""
+        """Return rows (no_samples, 11) of the memory, none of them drawn twice."""
         i = random.sample(range(min(self.added, self.max_memory)), no_samples)
-        return [tf.constant(column[i]) for column in self.columns]
+        return tf.constant(self.rows[i])
+
+
+def split_rows(rows):
+    """Return the states, actions, rewards, next states and terminals of rows of a Memory."""
+    return rows[:, 0:4], tf.cast(rows[:, 4], tf.int32), rows[:, 5], rows[:, 6:10], rows[:, 10]
 
 
 def choose_action(state, q_values, eps):
@@ -175,17 +180,18 @@ def overestimation(largest_q, gamma):
 
 
 def compile_agent(primary_network, target_network, args):
-    """Return the functions learn(*batch) and q_values(states), compiled for one shape each."""
+    """Return the functions learn(rows) and q_values(states), compiled for one shape each."""
     optimizer = keras.optimizers.Adam()
     optimizer.build(primary_network.trainable_variables)  # before the functions are compiled
 
-    def learn(*batch):
+    def learn(rows):
+        batch = split_rows(rows)
         results = train(batch, primary_network, target_network, optimizer, args.gamma)
         update_network(primary_network, target_network, args.tau)
         return results
 
-    batch = [tf.TensorSpec(column.shape, column.dtype) for column in Memory(BATCH_SIZE).columns]
-    learn = tf.function(learn, jit_compile=True, autograph=False).get_concrete_function(*batch)
+    learn = tf.function(learn, jit_compile=True, autograph=False)
+    learn = learn.get_concrete_function(tf.TensorSpec((BATCH_SIZE, 11)))
     q_values = tf.function(primary_network, jit_compile=True, autograph=False)
     return learn, q_values.get_concrete_function(tf.TensorSpec((1, 4)))
 
@@ -213,7 +219,7 @@ def train_agent(arm, seed, run):
             memory.add_sample(state, action, reward, next_state, terminated)
             state, length, steps = next_state, length + 1, steps + 1
             if steps > args.delay_training:
-                loss, mean_q = learn(*memory.sample(BATCH_SIZE))
+                loss, mean_q = learn(memory.sample(BATCH_SIZE))
                 losses.append(float(loss))
                 largest_q.append(float(mean_q))
             fallen = min(max(0, steps - args.delay_training) / args.epsilon_min_iter, 1)

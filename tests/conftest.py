@@ -6,7 +6,8 @@ test_contract.py   what all scripts have in common: order, equal blocks, flags, 
 test_notebook.py   each script pasted into a cell of a real kernel, interrupted, then main([...])
 test_results.py    the figures of README.md and docs/results/README.md come from docs/results/*.json
 test_<script>.py   the truth of one script: its algorithm, and its differences from the article
-helpers.py         the scripts, their tiny settings, and how a test starts one
+helpers.py         the scripts, their tiny settings, and how a test starts and reads one
+oracles.py         what several of them are compared with: NumPy networks, scripted games
 benchmark.py       speed, as ratios; run by hand
 """
 
@@ -29,6 +30,13 @@ def closed_figures():
     import matplotlib.pyplot as plt
 
     plt.close("all")
+
+
+@pytest.fixture
+def small(request, monkeypatch):
+    """Make a module's script's photographs small and few, so that a run takes seconds."""
+    monkeypatch.setattr(request.module.script, "IMAGE_SIZE", 44)
+    monkeypatch.setattr(request.module.script, "SYNTHETIC_COUNTS", (80, 9, 10))
 
 
 @pytest.fixture(scope="session")

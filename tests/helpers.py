@@ -1,8 +1,7 @@
 """The scripts, their tiny settings, and how a test starts and reads them."""
 
-import ast
 import collections
-import io
+import importlib
 import json
 import os
 import pathlib
@@ -11,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-import tokenize
+
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -30,8 +30,10 @@ Run = collections.namedtuple("Run", "code stdout stderr folder results")
 
 PHOTOGRAPHS = ["accuracy", "loss", "val_accuracy", "val_loss"]
 RESNET = ["acc", "loss", "val_acc", "val_loss"]
+EPOCHS = {"scalars": {"epoch_accuracy", "epoch_loss"}}
 Q_EPISODES = {"scalars": {"reward", "avg loss", "mean q"}}
 SYNTHETIC = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "2"]
+LINES = ["constant_noise", "growing_noise"]
 ACCURACY = "sparse_categorical_accuracy"
 KERNEL = "std_of_conv2d_kernel"
 
@@ -39,10 +41,7 @@ CASES = {
     "gap_cats_dogs": Case(
         tiny=[*SYNTHETIC, "--batch-size", "8"],
         history=dict.fromkeys(["fc", "fc_dropout", "gap", "avgpool"], PHOTOGRAPHS),
-        tags={
-            "fc/train": {"scalars": {"epoch_accuracy", "epoch_loss"}},
-            "avgpool/validation": {"scalars": {"epoch_accuracy", "epoch_loss"}},
-        },
+        tags={"fc/train": EPOCHS, "avgpool/validation": EPOCHS},
         figures=["accuracy.png", "loss.png", "samples.png"],
         started="Epoch 2/7",
     ),
@@ -51,7 +50,7 @@ CASES = {
         history=dict.fromkeys(["cnn", "resnet50"], PHOTOGRAPHS),
         tags={
             "cnn/train": {"scalars": {"epoch_accuracy", "batch_loss"}},
-            "resnet50/validation": {"scalars": {"epoch_accuracy", "epoch_loss"}},
+            "resnet50/validation": EPOCHS,
         },
         figures=["samples.png", "training_accuracy.png", "validation_accuracy.png"],
         started="Epoch 2/7",
@@ -82,23 +81,9 @@ CASES = {
     ),
     "bayes_mle": Case(
         tiny=["--epochs", "4", "--converge"],
-        history={
-            "prior": ["mean", "stddev"],
-            "constant_noise": ["loss"],
-            "growing_noise": ["loss"],
-        },
-        tags={
-            "prior": {"scalars": {"mean"}},
-            "constant_noise": {"scalars": {"loss"}},
-            "growing_noise": {"scalars": {"loss"}},
-        },
-        figures=[
-            "constant_noise_data.png",
-            "constant_noise_fit.png",
-            "growing_noise_data.png",
-            "growing_noise_fit.png",
-            "prior.png",
-        ],
+        history={"prior": ["mean", "stddev"]} | dict.fromkeys(LINES, ["loss"]),
+        tags={"prior": {"scalars": {"mean"}}} | dict.fromkeys(LINES, {"scalars": {"loss"}}),
+        figures=[f"{arm}_{kind}.png" for arm in LINES for kind in ("data", "fit")] + ["prior.png"],
         started="constant_noise, epoch 100 of 500",
     ),
     "keras_pg_weighted_ce": Case(
@@ -199,6 +184,21 @@ def run_script(script, flags, folder, **variables):
     return finish(start([ROOT / f"{script}.py", *flags], folder, **variables), folder)
 
 
+def run_main(script, flags):
+    """Call a script's main in this process; return the newest run's folder, and its arms."""
+    script.main(flags)
+    folder, results = newest_results(".")
+    return folder, results["arms"]
+
+
+def exit_of(function, capsys):
+    """Call `function`, which must exit; return its code and its last line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function()
+    return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def run_once(script, flags, shared):
     """Run a script in a folder of `shared`, unless another process has: then return its Run."""
     folder, kept = shared / script, shared / f"{script}.pickle"
@@ -227,26 +227,40 @@ def source(script):
     return (ROOT / f"{script}.py").read_text()
 
 
-def code_line_numbers(text):
-    """Return the sorted numbers of the lines that hold code: no blanks, comments, docstrings."""
-    lines = set()
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in layout | {tokenize.ENDMARKER}:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return sorted(lines)
+def parser_of(script, monkeypatch):
+    """Return the parser that a script's main makes."""
+    module, parsers = importlib.import_module(script), []
+
+    def parse_flags(parser, argv):
+        parsers.append(parser)
+        raise EOFError  # main has nothing more to do here
+
+    monkeypatch.setattr(module, "parse_flags", parse_flags)
+    with pytest.raises(EOFError):
+        module.main([])
+    return parsers[0]
+
+
+def read_events(folder):
+    """Return the TensorBoard events in a folder, read by TensorBoard itself."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    accumulator = event_accumulator.EventAccumulator(str(folder), {"tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def events(folder, tag):
+    """Return [(step, value)] of a tag in a folder."""
+    import tensorflow as tf
+
+    found = read_events(folder).Tensors(tag)
+    return [(event.step, tf.make_ndarray(event.tensor_proto).tolist()) for event in found]
 
 
 def tags(folder):
-    """Return {kind: tags} of the TensorBoard events in a folder, read by TensorBoard itself."""
-    from tensorboard.backend.event_processing import event_accumulator
-
-    accumulator = event_accumulator.EventAccumulator(str(folder))
-    accumulator.Reload()
+    """Return {kind: tags} of the events in a folder."""
+    accumulator = read_events(folder)
     found = accumulator.Tags()
     kinds = collections.defaultdict(set)
     for tag in found["tensors"]:  # TensorFlow 2 writes all as tensors that name their plugin

@@ -13,7 +13,7 @@ import tensorflow as tf
 def assert_same(weights, others, atol=0.0):
     """Compare two lists of arrays, by default to the last bit."""
     for one, other in zip(weights, others, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+        np.testing.assert_allclose(one, other, rtol=1e-7 if atol else 0, atol=atol)
 
 
 def smallest_move(weights, others):
@@ -60,6 +60,13 @@ def softmax(logits):
 def labels_of(dataset, count=-1):
     """Return the labels of each of a dataset's first batches."""
     return [labels.numpy().ravel().tolist() for _, labels in dataset.take(count)]
+
+
+def numbered(count, *shape):
+    """Return images whose every pixel is their number, and the numbers as labels."""
+    numbers = np.arange(count)
+    pixels = numbers.astype("uint8").reshape(-1, *[1] * len(shape))
+    return np.broadcast_to(pixels, (count, *shape)), numbers
 
 
 def check_shuffle(make_train_dataset, size, batch_size):
@@ -133,10 +140,7 @@ class Scripted:
 
 
 def train_scripted(script, monkeypatch, env, *flags):
-    """Train in `env` an agent without a network; return its record and its memory.
-
-    Its Q values are 0 and 5. Its losses are 1, 2, 3, ..., its mean Q values ten times as large.
-    """
+    """Train in `env` an agent with Q values 0 and 5 and losses 1, 2, 3; return record, memory."""
     memories, losses = [], iter(range(1, 10000))
 
     class Memory(script.Memory):
@@ -144,9 +148,9 @@ def train_scripted(script, monkeypatch, env, *flags):
             super().__init__(max_memory)
             memories.append(self)
 
-    def learn(*batch):
+    def learn(rows):
         loss = next(losses)
-        return loss, 10 * loss
+        return loss, 10 * loss  # the mean Q value
 
     def compile_agent(*args):
         return learn, lambda states: tf.constant([[0.0, 5.0]])
@@ -154,8 +158,7 @@ def train_scripted(script, monkeypatch, env, *flags):
     monkeypatch.setattr(script.gymnasium, "make", lambda *args, **options: env)
     monkeypatch.setattr(script, "Memory", Memory)
     monkeypatch.setattr(script, "compile_agent", compile_agent)
-    script.main(["--arms", "double", *flags])
-    return helpers.newest_results(".")[1]["arms"]["double"], memories[0]
+    return helpers.run_main(script, ["--arms", "double", *flags])[1]["double"], memories[0]
 
 
 ENDINGS = [  # does the pole fall, flags, the terminals among the steps of lengths 5, 4 and 6
@@ -217,24 +220,21 @@ def watch_networks(script, monkeypatch, flags):
 
 
 def random_batch(seed=0):
-    """Return states, actions, rewards, next states and terminals of 32 steps.
-
-    The first one's next state is zero and no terminal; the second is a terminal, and not zero.
-    """
+    """Return states, actions, rewards, next states and terminals of 32 steps."""
     rng = np.random.default_rng(seed)
     states, next_states = rng.normal(size=(2, 32, 4)).astype("float32")
     actions, rewards = rng.integers(0, 2, 32, "int32"), rng.normal(1, 1, 32).astype("float32")
     terminals = (rng.uniform(size=32) < 0.2).astype("float32")
-    next_states[0], terminals[:2] = 0, [0, 1]
+    next_states[0], terminals[:2] = 0, [0, 1]  # a zero that is no terminal, and a terminal
     return states, actions, rewards, next_states, terminals
 
 
-def target_q(batch, q, q_chooser, q_judge):
+def target_q(batch, q, q_chooser, q_judge, gamma=0.95):
     """As the article: in each row of `q` the entry of the action taken is changed."""
     _, actions, rewards, _, terminals = batch
     changed = q.copy()
     for i in range(32):
-        future = 0 if terminals[i] else 0.95 * q_judge[i, q_chooser[i].argmax()]
+        future = 0 if terminals[i] else gamma * q_judge[i, q_chooser[i].argmax()]
         changed[i, actions[i]] = rewards[i] + future
     return changed
 
@@ -247,7 +247,7 @@ def check_compiled_agent(script, networks, copies, before=(), behind=()):
     adam.build(copies[0].trainable_variables)
     for step in range(3):
         batch = random_batch(step)
-        results = learn(*map(tf.constant, batch))
+        results = learn(tf.constant(np.column_stack(batch).astype("float32")))
         expected = script.train(batch, *copies, adam, 0.95, *behind)
         np.testing.assert_allclose(results, expected, rtol=1e-4)
         if copies[1] is not None:

@@ -1,10 +1,9 @@
 """bayes_mle.py against closed forms and a likelihood maximised in NumPy, and its differences."""
 
-import json
-
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import run_main
 
 tf_keras = pytest.importorskip("tf_keras")  # Python 3.14 has none
 import bayes_mle as script  # noqa: E402
@@ -133,15 +132,6 @@ def test_difference_2_models_are_of_tf_keras():
     assert tf.keras.__name__.startswith("keras")  # Keras 3 is what the rest still gets
 
 
-def test_least_squares_is_the_most_likely_line():
-    x, y, _ = script.load_data("constant_noise", 100, 3.0, seed=0)
-    slope, intercept = script.least_squares(x, y)
-    assert (slope, intercept) == pytest.approx(tuple(np.polyfit(x[:, 0], y[:, 0], 1)), rel=1e-5)
-    best = mean_nll(y, slope * x + intercept, 1.0)
-    for moved in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
-        assert mean_nll(y, (slope + moved[0]) * x + intercept + moved[1], 1.0) > best
-
-
 def test_describe_by_hand():
     x = np.float32([[0], [1], [2], [3], [4]])
     line = script.tfd.Normal(loc=3 * x - 1, scale=np.float32([[1], [1], [1], [1], [2]]))
@@ -158,13 +148,6 @@ def test_describe_by_hand():
 # --- Whole runs ---
 
 
-def run(flags):
-    """Run the script; return its folder and the arms of results.json."""
-    script.main(flags)
-    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
-    return path.parent, json.loads(path.read_text())["arms"]
-
-
 def points(arm, seed):
     """Return x, y and the true standard deviation, each (100,) float64."""
     return [column[:, 0].astype("float64") for column in script.load_data(arm, 100, 3.0, seed)]
@@ -172,7 +155,7 @@ def points(arm, seed):
 
 def test_what_a_run_records():
     """The estimates from the saved weights and the data, and the prior's path, in NumPy."""
-    folder, arms = run(["--epochs", "4"])
+    folder, arms = run_main(script, ["--epochs", "4"])
     for arm in LINES:
         x, y, stddev = points(arm, seed=0)
         estimates = arms[arm]["estimates"]
@@ -192,7 +175,7 @@ def test_what_a_run_records():
 
 def check_converged(flags, seed):
     """Run with --converge, and hold its estimates to the independent ones."""
-    _, arms = run([*flags, "--converge", "--seed", str(seed)])
+    _, arms = run_main(script, [*flags, "--converge", "--seed", str(seed)])
     line = arms["constant_noise"]["estimates"]["converged"]
     expected = np.polyfit(*points("constant_noise", seed)[:2], 1)
     assert (line["slope"], line["intercept"]) == pytest.approx(tuple(expected), abs=0.02)

@@ -2,12 +2,11 @@
 
 import ast
 import importlib
-import itertools
 import re
 
 import helpers
 import pytest
-from helpers import ROOT, SCRIPTS, source
+from helpers import ROOT, SCRIPTS, parser_of, source
 
 SECTIONS = ["Data", "Environment", "Model", "Algorithm", "Training", "Figures", "Command line"]
 FRAME = {
@@ -21,12 +20,7 @@ USERS = {  # of each block
     "core": SCRIPTS,
     "resume": [script for script in SCRIPTS if '"--resume"' in source(script)],
     "fit": ["gap_cats_dogs", "resnet_cifar10", "transfer_resnet50"],
-    "episodes": [
-        "double_q_cartpole",
-        "dueling_q_cartpole",
-        "keras_pg_weighted_ce",
-        "reinforce_cartpole",
-    ],
+    "episodes": [script for script in SCRIPTS if '"--runs"' in source(script)],
 }
 GUARD = 'if __name__ == "__main__":\n    main()\n'
 FIRST_FLAGS = ["epochs", "device", "logdir", "seed"]
@@ -42,13 +36,14 @@ def blocks(script):
     return {names[marker]: text.strip() for marker, text in zip(parts[::2], parts[1::2])}
 
 
-def test_eleven_scripts_have_tests_of_their_own():
+def test_eleven_scripts_have_a_case_and_tests_of_their_own():
     assert len(SCRIPTS) == 11
+    assert sorted(helpers.CASES) == SCRIPTS
     assert all((ROOT / "tests" / f"test_{script}.py").exists() for script in SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_sections_stand_in_order(script):
+def test_sections_stand_in_order_and_soon(script):
     markers = re.findall(r"^# --- (.*) ---$", source(script), re.M)
     lesson = [marker for marker in markers if not marker.startswith("Frame")]
     assert lesson[-2:] == ["Figures", "Command line"]
@@ -56,20 +51,10 @@ def test_sections_stand_in_order(script):
     assert {"Training"} <= set(lesson)
     assert markers[: len(lesson)] == lesson  # the frame comes last
     assert len(lesson) == len(set(lesson))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_each_section_says_what_comes(script):
     lines = source(script).splitlines()
-    for i, line in enumerate(lines):
-        if re.match(r"# --- (Data|Environment|Model|Algorithm|Training|Figures) ---$", line):
-            assert lines[i + 1].startswith("# "), line
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_lesson_begins_before_line_70(script):
-    first = re.search(r"^# --- (Data|Environment|Model|Algorithm) ---$", source(script), re.M)
-    assert source(script)[: first.start()].count("\n") < 70
+    assert lines.index(f"# --- {lesson[0]} ---") < 70
+    for section in set(lesson) - {"Command line"}:  # a comment says what comes
+        assert lines[lines.index(f"# --- {section} ---") + 1].startswith("# "), section
 
 
 @pytest.mark.parametrize("block", FRAME)
@@ -80,7 +65,7 @@ def test_blocks_are_equal(block):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_a_script_runs_nothing(script):
+def test_importing_a_script_runs_nothing_and_no_other(script):
     text = source(script)
     assert text.endswith(f"\n\n\n{GUARD}")
     allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef, ast.If)
@@ -94,6 +79,8 @@ def test_importing_a_script_runs_nothing(script):
         "__name__ == '__main__'",
     }
     assert set(conditions) <= known
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M))
+    assert not imported & set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -106,20 +93,6 @@ def test_docstrings(script):
     for node in ast.parse(source(script)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             assert ast.get_docstring(node), node.name
-
-
-def parser_of(script, monkeypatch):
-    """Return the parser that a script's main makes."""
-    module, parsers = importlib.import_module(script), []
-
-    def parse_flags(parser, argv):
-        parsers.append(parser)
-        raise EOFError  # main has nothing more to do here
-
-    monkeypatch.setattr(module, "parse_flags", parse_flags)
-    with pytest.raises(EOFError):
-        module.main([])
-    return parsers[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -142,17 +115,9 @@ def test_shared_flags_have_the_same_words(monkeypatch):
     words = {}
     for script in SCRIPTS:
         for action in parser_of(script, monkeypatch)._actions:
-            if (
-                action.dest in [*SHARED_FLAGS[1:], "runs", "gif"]
-                and action.dest != "steps_per_epoch"
-            ):
+            if action.dest in {*SHARED_FLAGS[1:], "runs", "gif"} - {"steps_per_epoch"}:
                 words.setdefault(action.dest, set()).add(action.help)
     assert {name: texts for name, texts in words.items() if len(texts) > 1} == {}
-
-
-def test_no_script_imports_another():
-    for script, other in itertools.product(SCRIPTS, SCRIPTS):
-        assert not re.search(rf"^\s*(from|import) {other}\b", source(script), re.M)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -169,12 +134,3 @@ def test_pep_723_block_repeats_requirements(script):
     imported = set(re.findall(r"^ *import (\w+)", source(script), re.M))
     packages = {re.split(r"[\[><=]", line)[0].replace("-", "_") for line in known}
     assert imported & packages <= names
-
-
-def lengths(script):
-    """Return code lines, all lines, the line where the lesson begins, the core's code lines."""
-    text = source(script)
-    first = re.search(r"^# --- (Data|Environment|Model|Algorithm) ---$", text, re.M).start()
-    core = len(helpers.code_line_numbers(blocks(script)["core"]))
-    code = len(helpers.code_line_numbers(text))
-    return code, len(text.splitlines()), text[:first].count("\n") + 1, core

@@ -14,28 +14,19 @@ import time
 import helpers
 import numpy as np
 import pytest
-from helpers import ROOT, error_lines, run_script, start
+from helpers import ROOT, error_lines, exit_of, run_script, start
 
 import double_q_cartpole as episodes_script
 import resnet_cifar10 as fit_script
 
 QUICK = ["--epochs", "2", "--arms", "dqn"]  # of double_q_cartpole: seconds
 FIT = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "2", "--arms", "plain"]
-IGNORED = ("I0000", "WARNING: All log messages", "W0000")  # TensorFlow's own lines
 
 
 @pytest.fixture
 def one_block(monkeypatch):
     """Let the ResNet be small: its start is long."""
     monkeypatch.setattr(fit_script, "NUM_RES_NET_BLOCKS", 1)
-
-
-def exit_of(function, capsys):
-    """Call `function`, which must exit; return its code and its last line on stderr."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function()
-    return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def wait_for(condition, process):
@@ -54,23 +45,18 @@ def wait_for(condition, process):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--epochs", "0"],
-        ["--epochs", "1.5"],
+        *(["--epochs", value] for value in ("0", "1.5")),
         ["--epochs"],
         ["--epoch", "1"],  # no abbreviations
         ["--no-such-flag"],
         ["stray"],
-        ["--seed", "-1"],
-        ["--seed", "99999999999"],
+        *(["--seed", value] for value in ("-1", "99999999999")),
         ["--max-steps", "0"],
-        ["--gamma", "-0.1"],
-        ["--gamma", "nan"],
+        *(["--gamma", value] for value in ("-0.1", "nan")),
         ["--runs", "x"],
         ["--arms"],
         ["--arms", "double", "dueling"],
-        ["--device", "tpu"],
-        ["--device", "gpu"],
-        ["--device", "gpu:99"],
+        *(["--device", value] for value in ("tpu", "gpu", "gpu:99")),
         ["--device", "all"],  # only where fit trains
         ["--logdir", "gs://bucket/log"],
     ],
@@ -331,8 +317,8 @@ def test_resume_trains_only_what_is_missing(begun):
     _, results = helpers.newest_results(".")
     assert results["arms"]["plain"] == before
     assert results["config"]["steps_per_epoch"] == 2
-    fit_script.main(["--resume", str(begun), "--epochs", "3"])
-    history = helpers.newest_results(".")[1]["arms"]["plain"]["history"]
+    _, arms = helpers.run_main(fit_script, ["--resume", str(begun), "--epochs", "3"])
+    history = arms["plain"]["history"]
     assert {len(values) for values in history.values()} == {3}
     assert all(history[metric][:2] == before["history"][metric] for metric in history)
 
@@ -349,15 +335,10 @@ def test_the_epoch_after_resuming_equals_the_undisturbed_one(one_block, monkeypa
         return train_dataset.take(1).cache().repeat(), valid_dataset
 
     monkeypatch.setattr(fit_script, "make_datasets", same_batch_each_step)
-    histories = []
-    for epochs in ("3", "2"):
-        fit_script.main([*FIT, "--epochs", epochs, "--logdir", f"log{epochs}"])
-    (interrupted,) = pathlib.Path("log2").glob("*/*")
-    fit_script.main(["--resume", str(interrupted), "--epochs", "3"])
-    for folder in ("log3", "log2"):
-        (path,) = pathlib.Path(folder).glob("*/*/results.json")
-        histories.append(json.loads(path.read_text())["arms"]["plain"]["history"])
-    assert histories[0] == histories[1]
+    _, undisturbed = helpers.run_main(fit_script, [*FIT, "--epochs", "3"])
+    interrupted, _ = helpers.run_main(fit_script, FIT)
+    _, resumed = helpers.run_main(fit_script, ["--resume", str(interrupted), "--epochs", "3"])
+    assert undisturbed["plain"]["history"] == resumed["plain"]["history"]
 
 
 # How each is started, with flags that train for a while, and the epochs it must have at last.

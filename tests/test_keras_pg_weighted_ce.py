@@ -1,21 +1,16 @@
 """keras_pg_weighted_ce.py: the identity against independent ones, Pong, and the agent's update."""
 
-import json
-
-import gymnasium
 import numpy as np
+import oracles
 import pytest
 import tensorflow as tf
+from helpers import run_main
+from oracles import softmax
 
 import keras_pg_weighted_ce as script
 import reinforce_cartpole
 
 keras = script.keras
-
-
-def results():
-    (path,) = script.pathlib.Path("log").glob("*/*/results.json")
-    return path.parent, json.loads(path.read_text())["arms"]
 
 
 # --- The identity ---
@@ -29,10 +24,6 @@ def problem(seed=0):
     return keras.Sequential([keras.Input((3,)), dense]), states, rewards
 
 
-def softmax(logits):
-    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-
-
 def expected_reward(W, states, rewards):
     return np.mean(np.sum(softmax(states @ W) * rewards, axis=1))
 
@@ -44,51 +35,24 @@ def relative_error(gradient, exact):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_exact_gradient_equals_finite_differences(seed):
     policy, states, rewards = problem(seed)
-    W, step = policy.get_weights()[0].astype("float64"), 1e-6
-    expected = np.zeros_like(W)
-    for place in np.ndindex(W.shape):
-        nudge = np.zeros_like(W)
-        nudge[place] = step
-        rise = expected_reward(W + nudge, states, rewards)
-        expected[place] = (rise - expected_reward(W - nudge, states, rewards)) / (2 * step)
+    W = policy.get_weights()[0].astype("float64")
+    rises = [
+        expected_reward(W + nudge, states, rewards) - expected_reward(W - nudge, states, rewards)
+        for nudge in 1e-6 * np.eye(W.size).reshape(-1, *W.shape)
+    ]
     gradient = script.exact_gradient(policy(states).numpy(), states, rewards)
-    assert relative_error(gradient, expected) < 1e-6
+    assert relative_error(gradient, np.reshape(rises, W.shape) / 2e-6) < 1e-6
 
 
-def every_action(policy, states, rewards):
-    """Return states, one-hot actions and weights q f / 8 of each action in each of 8 states."""
+def test_difference_1_weighted_cross_entropy_has_the_exact_gradient():
+    """So it points uphill. Each action in each of 8 states has the weight q f / 8."""
+    policy, states, rewards = problem()
+    q = policy(states).numpy()
+    exact = script.exact_gradient(q, states, rewards)
     idx, actions = np.indices(rewards.shape).reshape(2, -1)
-    weights = (policy(states).numpy() * rewards)[idx, actions] / 8
-    return states[idx], np.eye(4)[actions], weights
-
-
-def test_weighted_cross_entropy_has_the_exact_gradient():
-    policy, states, rewards = problem()
-    exact = script.exact_gradient(policy(states).numpy(), states, rewards)
-    states, targets, weights = every_action(policy, states, rewards)
-    gradient = script.weighted_ce_gradient(policy, states, targets, weights)
+    weights = (q * rewards)[idx, actions] / 8
+    gradient = script.weighted_ce_gradient(policy, states[idx], np.eye(4)[actions], weights)
     assert relative_error(gradient, exact) < 1e-5
-    # so has `train_on_batch`, whose loss is a mean of 32: descent with rate 32 moves W by it
-    policy.compile(loss="categorical_crossentropy", optimizer=keras.optimizers.SGD(32.0))
-    before = policy.get_weights()[0]
-    policy.train_on_batch(states, targets, sample_weight=weights)
-    assert relative_error(policy.get_weights()[0] - before, exact) < 1e-5
-
-
-def test_difference_1_the_gradient_points_uphill():
-    policy, states, rewards = problem()
-    W = policy.get_weights()[0]
-    gradient = script.weighted_ce_gradient(policy, *every_action(policy, states, rewards))
-    here, there = (expected_reward(W + step * gradient, states, rewards) for step in (0, 0.01))
-    assert there - here == pytest.approx(0.01 * np.sum(gradient**2), rel=0.05)
-
-
-def test_difference_2_more_samples_do_not_make_it_longer():
-    policy, states, rewards = problem()
-    exact = np.linalg.norm(script.exact_gradient(policy(states).numpy(), states, rewards))
-    for num_samples in (3000, 30000):
-        sampled = script.monte_carlo_gradient(policy, states, rewards, num_samples)
-        assert np.linalg.norm(sampled) == pytest.approx(exact, rel=0.3)
 
 
 def spread_of_one_sample(policy, states, rewards):
@@ -101,11 +65,11 @@ def spread_of_one_sample(policy, states, rewards):
     return np.sqrt(mean_square - np.sum(exact**2)) / np.linalg.norm(exact)
 
 
-def test_the_sampled_gradients_error_falls_as_one_over_the_root():
-    final = script.main(["--arms", "identity", "--seed", "5"])["identity"]
+def test_difference_2_the_sampled_gradients_error_falls_as_one_over_the_root():
+    _, arms = run_main(script, ["--arms", "identity", "--seed", "5"])
+    history, final = arms["identity"]["history"], arms["identity"]["final"]
     assert final["slope"] == pytest.approx(-0.5, abs=0.1)
     assert final["weighted_error"] < 1e-5
-    history = results()[1]["identity"]["history"]
     assert history["error"][-1] == final["sampled_error"]
     expected = spread_of_one_sample(*problem(5)) / np.sqrt(history["samples"])
     np.testing.assert_allclose(history["error"], expected, rtol=0.35)
@@ -122,15 +86,19 @@ def test_the_update_equals_that_of_reinforce():
     policy = script.compile_policy(network)
     states, actions, rewards = script.collect_episode(env, policy, np.inf)
     returns = script.standardise(script.discounted_returns(rewards, 0.95, pong=False))
-    before, sgd = network.get_weights(), keras.optimizers.SGD(1.0)
-    sgd.build(network.trainable_variables)
-    network.compile(loss="categorical_crossentropy", optimizer=keras.optimizers.SGD(1.0))
-    network.train_on_batch(states, np.eye(2)[actions], sample_weight=returns)
-    ours = np.concatenate([np.ravel(b - a) for a, b in zip(before, network.get_weights())])
-    network.set_weights(before)
-    episode = reinforce_cartpole.pad_episode(states, actions, returns)
-    reinforce_cartpole.update_network(network, sgd, *episode)
-    theirs = np.concatenate([np.ravel(b - a) for a, b in zip(before, network.get_weights())])
+
+    def by_keras(sgd):
+        network.compile(sgd, "categorical_crossentropy")
+        network.train_on_batch(states, np.eye(2)[actions], sample_weight=returns)
+
+    def by_reinforce(sgd):
+        episode = reinforce_cartpole.pad_episode(states, actions, returns)
+        reinforce_cartpole.update_network(network, sgd, *episode)
+
+    ours, theirs = (
+        np.concatenate([part.ravel() for part in oracles.gradient_of(network, update)[1]])
+        for update in (by_keras, by_reinforce)
+    )
     assert relative_error(ours, theirs) < 1e-5
 
 
@@ -143,8 +111,10 @@ def test_difference_3_training_takes_this_step(monkeypatch):
         return train_on_batch(self, x, y, sample_weight)
 
     monkeypatch.setattr(keras.Model, "train_on_batch", watched)
-    script.main(["--arms", "agent", "--epochs", "3"])
-    assert [len(x) for x, _, _ in seen] == results()[1]["agent"]["history"]["reward"]
+    _, arms = run_main(script, ["--arms", "agent", "--epochs", "50", "--max-steps", "100"])
+    assert [len(x) for x, _, _ in seen] == arms["agent"]["history"]["reward"]
+    assert 1 < len(seen) < 50
+    assert sum(len(x) for x, _, _ in seen) == 100  # the last episode is cut off
     for states, targets, weights in seen:
         assert set(np.unique(targets)) <= {0, 1}
         assert targets.sum(1).tolist() == [1] * len(states)
@@ -160,17 +130,6 @@ def test_returns_by_hand():
     assert script.discounted_returns(game, 0.5, pong=False)[:2].tolist() == [0.1875, 0.375]
     np.testing.assert_allclose(script.standardise(np.array([1.0, 3, 1, 3])), [-1, 1, -1, 1])
     assert script.standardise(np.ones(3)).tolist() == [0, 0, 0]
-
-
-def test_max_steps_cuts_the_last_episode_and_more_can_be_added():
-    script.main(["--arms", "agent", "--epochs", "50", "--max-steps", "100"])
-    folder, arms = results()
-    rewards = arms["agent"]["history"]["reward"]
-    assert sum(rewards) == 100  # a reward of one a step
-    assert 1 < len(rewards) < 50
-    script.main(["--resume", str(folder), "--max-steps", "150"])
-    longer = results()[1]["agent"]["history"]["reward"]
-    assert (sum(longer), longer[: len(rewards)]) == (150, rewards)
 
 
 # --- Pong ---
@@ -189,8 +148,7 @@ def test_difference_3_pong_steps_once_in_ten_games_even_if_it_was_saved_between(
         with tf.GradientTape() as tape:
             loss = keras.losses.CategoricalCrossentropy()(targets, network(states), weights)
         gradients.append(tape.gradient(loss, network.trainable_variables))
-        for one, other in zip(before, network.get_weights()):
-            np.testing.assert_array_equal(one, other)  # not yet
+        oracles.assert_same(before, network.get_weights())  # not yet
         network.train_on_batch(states, targets, sample_weight=weights)
         if game == 6:
             network.save("saved.keras")
@@ -205,22 +163,6 @@ def test_difference_3_pong_steps_once_in_ten_games_even_if_it_was_saved_between(
 def court_of(frame):
     """Return the court (80, 80) of a frame (210, 160, 3): what differs from its ground."""
     return np.float32(frame[34:194:2, ::2, 0] != frame[60, 80, 0])
-
-
-def test_preprocess_of_real_frames():
-    env = gymnasium.make("ALE/Pong-v5")
-    frames, grounds = [env.reset(seed=0)[0]], set()
-    for i in range(80):
-        frames.append(env.step(2 + i % 2)[0])
-    for frame, new_frame in zip(frames, frames[1:]):
-        state = script.preprocess(np.stack([frame, new_frame]))
-        assert (state.shape, state.dtype) == ((6400,), "float32")
-        court, new_court = court_of(frame), court_of(new_frame)
-        np.testing.assert_array_equal(state, (new_court - court).ravel())
-        assert 0 < new_court.sum() < 100  # bats of 16 x 4 pixels at most, and the ball
-        assert not new_court.all(1).any()  # the cut leaves neither walls nor the score
-        grounds.add(int(frame[60, 80, 0]))
-    assert grounds == {109, 144}  # before the start, and in play
 
 
 def bat(frame):
@@ -244,34 +186,20 @@ def test_states_of_pong_are_differences_of_courts():
     env = script.make_pong()
     state, _ = env.reset(seed=0)
     assert (state.shape, state.dtype, state.any()) == ((6400,), np.float32, False)
-    court, moving = court_of(env.render()), 0
-    for i in range(60):
+    frame = env.render()
+    court, moving, grounds = court_of(frame), 0, {int(frame[60, 80, 0])}
+    for i in range(80):
         state, *_ = env.step(i % 2)
-        new_court = court_of(env.render())
+        frame = env.render()
+        new_court = court_of(frame)
         np.testing.assert_array_equal(state, (new_court - court).ravel())
+        assert 0 < new_court.sum() < 100  # bats of 16 x 4 pixels at most, and the ball
+        assert not new_court.all(1).any()  # the cut leaves neither walls nor the score
+        grounds.add(int(frame[60, 80, 0]))
         moving += state.any()
         court = new_court
     assert moving > 30
-
-
-def test_pong_learns_and_goes_on(monkeypatch):
-    make_pong = script.make_pong  # whose games here end after 120 steps: a point or two
-    monkeypatch.setattr(script, "make_pong", lambda: gymnasium.wrappers.TimeLimit(make_pong(), 120))
-    flags = ["--env", "ALE/Pong-v5", "--arms", "agent", "--epochs", "12"]
-    final = script.main(flags)["agent"]
-    folder, arms = results()
-    rewards = arms["agent"]["history"]["reward"]
-    assert len(rewards) == 12
-    assert final["reward"] == np.mean(rewards) < 0
-    keras.utils.set_random_seed(0)
-    first = script.build_pong_model().get_weights()
-    saved = keras.models.load_model(folder / "agent.keras")
-    assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(first, saved.get_weights()))
-    script.main(["--resume", str(folder), "--epochs", "15"])
-    resumed = results()[1]["agent"]
-    assert len(resumed["runs"]) == 1
-    assert resumed["history"]["reward"][:12] == rewards
-    assert len(resumed["history"]["reward"]) == 15
+    assert grounds == {109, 144}  # before the start, and in play
 
 
 @pytest.mark.slow

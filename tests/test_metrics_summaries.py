@@ -1,13 +1,15 @@
 """metrics_summaries.py: metrics against NumPy and against fit, and its differences."""
 
-import json
 import pathlib
 import types
 
 import helpers
 import numpy as np
+import oracles
 import pytest
 import tensorflow as tf
+from helpers import events
+from oracles import numbered
 
 import metrics_summaries as script
 
@@ -24,28 +26,8 @@ print("replicas", tf.distribute.MirroredStrategy().num_replicas_in_sync)
 """
 
 
-def events(folder, tag):
-    """Return [(step, value)] of a scalar in a run's folder, as TensorBoard reads it."""
-    from tensorboard.backend.event_processing import event_accumulator
-
-    accumulator = event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    accumulator.Reload()
-    tensors = accumulator.Tensors(tag)
-    return [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in tensors]
-
-
-def numbered(count):
-    """Return images whose every pixel is their number, and the numbers as labels."""
-    numbers = np.arange(count, dtype="uint8")
-    return np.broadcast_to(numbers[:, None, None], (count, 28, 28)), numbers
-
-
-def labels_of(dataset, count):
-    return [labels.numpy().tolist() for _, labels in dataset.take(count)]
-
-
 def test_difference_1_scaled_once_and_one_channel():
-    for dataset in script.make_datasets(numbered(256), numbered(256), 64, seed=0):
+    for dataset in script.make_datasets(*[numbered(256, 28, 28)] * 2, 64, seed=0):
         images, labels = next(iter(dataset))
         assert images.dtype == tf.float32
         expected = labels.numpy()[:, None, None, None] / 255 * np.ones((28, 28, 1))
@@ -54,19 +36,13 @@ def test_difference_1_scaled_once_and_one_channel():
 
 
 def test_difference_2_images_are_shuffled_not_batches():
-    train_dataset, _ = script.make_datasets(numbered(64), numbered(8), 8, seed=0)
-    batches = labels_of(train_dataset, 16)
-    companions = []
-    for one_pass in (batches[:8], batches[8:]):  # each pass has each image once
-        assert sorted(sum(one_pass, [])) == list(range(64))
-        companions.append({frozenset(batch) for batch in one_pass})
-    assert not companions[0] & companions[1]  # batch().shuffle() keeps all eight
+    data = numbered(64, 28, 28), numbered(8, 28, 28)
+    oracles.check_shuffle(lambda seed: script.make_datasets(*data, 8, seed)[0], 64, 8)
 
 
 def test_difference_5_validation_sees_each_image_once():
-    images, labels = np.zeros((2500, 28, 28), "uint8"), np.arange(2500)
-    _, valid_dataset = script.make_datasets(numbered(8), (images, labels), 8, seed=0)
-    assert sum(labels_of(valid_dataset, -1), []) == list(range(2500))
+    _, valid_dataset = script.make_datasets(*[numbered(2500, 28, 28)] * 2, 8, seed=0)
+    assert sum(oracles.labels_of(valid_dataset), []) == list(range(2500))
 
 
 def test_network_is_the_articles():
@@ -114,8 +90,7 @@ def test_metrics_of_the_loop_equal_numpy(monkeypatch):
     losses, accuracies = [], []
     for images, labels in train_dataset.take(6):  # it runs on from epoch to epoch
         logits, labels = numpy_logits(images.numpy(), model), labels.numpy()
-        logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        losses.append(-logs[np.arange(32), labels].mean())
+        losses.append(-np.log(oracles.softmax(logits)[np.arange(32), labels]).mean())
         accuracies.append(np.mean(logits.argmax(1) == labels))
     pairs = np.mean(np.reshape((losses, accuracies), (2, 3, 2)), 2).T
     expected = [(step, *values) for step, values in zip((2, 4, 6), pairs)]
@@ -172,22 +147,20 @@ def test_difference_6_metric_layer_by_hand():
     assert history["std_of_watched_kernel"] == [pytest.approx(2 * deviation)]
 
 
-def test_fit_is_the_oracle_of_the_loop_and_difference_7(tmp_path):
+def test_fit_is_the_oracle_of_the_loop_and_difference_7():
     """`fit`, given the same seed, starts afresh and trains as the loop by hand does."""
     flags = ["--synthetic", "--epochs", "2", "--fit-epochs", "2", "--steps-per-epoch", "15"]
-    final = script.main(flags)
-    (path,) = tmp_path.glob("log/*/*/results.json")
-    loop, fit = (json.loads(path.read_text())["arms"][arm]["history"] for arm in ("loop", "fit"))
+    folder, arms = helpers.run_main(script, flags)
+    loop, fit = arms["loop"]["history"], arms["fit"]["history"]
     for metric in ("loss", ACCURACY):
         np.testing.assert_allclose(loop[metric], fit[metric], rtol=1e-3)
     assert fit["loss"][0] > 3 * loop["loss"][-1]  # the loop's network would go on from there
-    assert final["loop"]["test_accuracy"] == pytest.approx(
-        final["fit"][f"val_{ACCURACY}"], abs=0.01
-    )
-    kernel = keras.models.load_model(path.parent / "fit.keras").layers[0].kernel.numpy()
+    accuracy = arms["fit"]["final"][f"val_{ACCURACY}"]
+    assert arms["loop"]["final"]["test_accuracy"] == pytest.approx(accuracy, abs=0.01)
+    kernel = keras.models.load_model(folder / "fit.keras").layers[0].kernel.numpy()
     assert fit[f"val_{STD}"][-1] == pytest.approx(kernel.std(), rel=1e-5)
     keras.utils.set_random_seed(0)
-    _, deviation = events(path.parent / "fit" / "train", f"batch_{STD}")[0]
+    _, deviation = events(folder / "fit" / "train", f"batch_{STD}")[0]
     assert deviation == pytest.approx(script.build_model().get_weights()[0].std(), rel=1e-5)
 
 

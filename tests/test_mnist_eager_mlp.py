@@ -1,6 +1,7 @@
 """mnist_eager_mlp.py against NumPy, and each of its differences from the article."""
 
 import numpy as np
+import oracles
 import pytest
 import tensorflow as tf
 
@@ -9,15 +10,11 @@ import mnist_eager_mlp as script
 
 def numpy_step(images, labels, weights, moments, step):
     """One step of Adam on the network, in float64: forward, gradient and update by hand."""
-    W1, b1, W2, b2 = weights
-    x = images.reshape(len(images), -1).astype("float64")
-    hidden = np.maximum(x @ W1 + b1, 0)
-    exponentials = np.exp(hidden @ W2 + b2)
-    probabilities = exponentials / exponentials.sum(1, keepdims=True)
-    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
-    d_logits = (probabilities - np.eye(10)[labels]) / len(labels)
-    d_hidden = (d_logits @ W2.T) * (hidden > 0)
-    gradients = [x.T @ d_hidden, d_hidden.sum(0), hidden.T @ d_logits, d_logits.sum(0)]
+    outputs, rows = oracles.mlp(images.reshape(len(images), -1), weights), np.arange(len(labels))
+    probabilities = oracles.softmax(outputs[-1])
+    loss = -np.log(probabilities[rows, labels]).mean()
+    delta = (probabilities - np.eye(10)[labels]) / len(labels)
+    gradients = oracles.mlp_gradients(outputs, weights, delta)
     # the paper's faster form, which Keras uses: epsilon is not corrected for the start
     rate = 0.001 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
     for i, gradient in enumerate(gradients):
@@ -46,11 +43,6 @@ def test_training_steps_equal_numpy(compiled):
             assert np.abs(weight.numpy() - value).max() < 2e-5 * i
 
 
-def test_loss_by_hand():
-    logits = tf.constant([[0.0] * 10, [100.0] + [0.0] * 9])
-    assert float(script.loss_fn(logits, tf.one_hot([4, 0], 10))) == pytest.approx(np.log(10) / 2)
-
-
 def test_initial_weights():
     script.keras.utils.set_random_seed(0)
     W1, b1, W2, b2 = script.build_model()
@@ -75,9 +67,6 @@ def test_get_batch_draws_pairs_with_replacement():
     batch_x, batch_y = script.get_batch(x, y, 2000)
     assert np.array_equal(batch_x[:, 0, 0], batch_y)
     assert np.bincount(batch_y, minlength=50).min() > 15
-    # 60,000 draws from 60,000 leave exp(-1) of them out
-    batch_y = script.get_batch(np.zeros(60000), np.arange(60000), 60000)[1]
-    assert 1 - len(np.unique(batch_y)) / 60000 == pytest.approx(np.exp(-1), abs=0.01)
 
 
 def test_differences_1_to_4_and_a_run_that_learns(monkeypatch, tmp_path):

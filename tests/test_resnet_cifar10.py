@@ -5,49 +5,27 @@ import re
 import signal
 import socket
 
+import helpers
 import numpy as np
+import oracles
 import pytest
 import tensorflow as tf
 from helpers import finish, start
+from oracles import numbered
 
 import resnet_cifar10 as script
 
 keras = script.keras
 
 
-def numbered(count):
-    """Return images whose every pixel is their number, and the numbers as labels."""
-    numbers = np.arange(count, dtype="uint8")
-    return np.broadcast_to(numbers[:, None, None, None], (count, 32, 32, 3)), numbers[:, None]
-
-
-def batches(dataset, count):
-    return [labels.numpy().ravel().tolist() for _, labels in dataset.take(count)]
-
-
 def test_difference_1_images_are_shuffled_not_batches():
-    train_dataset, _ = script.make_datasets(numbered(64), numbered(8), 8, seed=0)
-    found = batches(train_dataset, 16)
-    first, second = found[:8], found[8:]
-    for one_pass in (first, second):  # each pass has each image once
-        assert sorted(sum(one_pass, [])) == list(range(64))
-    companions = [{frozenset(batch) for batch in one_pass} for one_pass in (first, second)]
-    assert not companions[0] & companions[1]  # batch().shuffle() keeps all eight
-
-
-def test_the_seed_decides_the_batches():
-    found = []
-    for seed in (0, 0, 1):
-        keras.utils.set_random_seed(seed)
-        train_dataset, _ = script.make_datasets(numbered(64), numbered(8), 8, seed)
-        found.append(batches(train_dataset, 8))
-    assert found[0] == found[1] != found[2]
+    data = numbered(64, 32, 32, 3), numbered(8, 32, 32, 3)
+    oracles.check_shuffle(lambda seed: script.make_datasets(*data, 8, seed)[0], 64, 8)
 
 
 def test_difference_2_validation_sees_each_image_once():
-    test_data = np.zeros((2500, 32, 32, 3), "uint8"), np.arange(2500)[:, None]
-    _, valid_dataset = script.make_datasets(numbered(8), test_data, 8, seed=0)
-    assert sum(batches(valid_dataset, -1), []) == list(range(2500))
+    _, valid_dataset = script.make_datasets(*[numbered(2500, 32, 32, 3)] * 2, 8, seed=0)
+    assert sum(oracles.labels_of(valid_dataset), []) == list(range(2500))
 
 
 def test_crop_scale_and_flip_by_hand():
@@ -96,15 +74,9 @@ def test_networks_are_the_articles():
 
 
 def test_difference_3_kernels_are_written_as_images(smoke_run):
-    from tensorboard.backend.event_processing import event_accumulator
-
     folder = smoke_run("resnet_cifar10").folder / "plain"
-    accumulator = event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    accumulator.Reload()
-    events = accumulator.Tensors("kernels")
-    assert [event.step for event in events] == [0]
-    width, height, *pictures = tf.make_ndarray(events[0].tensor_proto).tolist()
-    assert (width, height, len(pictures)) == (b"3", b"3", 32)
+    ((step, (width, height, *pictures)),) = helpers.events(folder, "kernels")
+    assert (step, width, height, len(pictures)) == (0, b"3", b"3", 32)
 
 
 def test_difference_4_both_arms_start_alike_and_move(smoke_run):
@@ -112,18 +84,10 @@ def test_difference_4_both_arms_start_alike_and_move(smoke_run):
     for arm in ("resnet", "plain"):
         keras.utils.set_random_seed(0)
         weights.append(script.build_model(arm).get_weights())
-    assert all(np.array_equal(one, other) for one, other in zip(*weights, strict=True))
+    oracles.assert_same(*weights)
     saved = keras.models.load_model(smoke_run("resnet_cifar10").folder / "plain.keras")
     moved = [np.abs(a - b).max() for a, b in zip(saved.get_weights(), weights[1])]
     assert np.mean(np.array(moved) > 1e-5) > 0.9
-
-
-def test_synthetic_classes_can_be_learned():
-    (x, y), (x_test, y_test) = script.load_data(synthetic=True)
-    assert (x.shape, x.dtype, y.shape, y.dtype) == ((2000, 32, 32, 3), "uint8", (2000, 1), "uint8")
-    means = np.stack([x[y[:, 0] == label].mean(0) for label in range(10)])
-    nearest = [np.square(image - means).sum((1, 2, 3)).argmin() for image in x_test]
-    assert np.mean(np.array(nearest) == y_test[:, 0]) > 0.9
 
 
 # --- Several devices, several machines: here all on one processor ---
@@ -183,12 +147,9 @@ script.main(sys.argv[2:])
 
 def run_workers(folder, flags, kill_in_epoch=0):
     """Run two workers on this machine; return their Runs. The second is killed in that epoch."""
-    sockets = [socket.socket() for _ in range(2)]
-    for each in sockets:
-        each.bind(("localhost", 0))
-    cluster = {"worker": [f"localhost:{each.getsockname()[1]}" for each in sockets]}
-    for each in sockets:
-        each.close()
+    free = "localhost", 0
+    with socket.create_server(free) as one, socket.create_server(free) as other:
+        cluster = {"worker": [f"localhost:{each.getsockname()[1]}" for each in (one, other)]}
     processes = []
     for index in (0, 1):
         config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
@@ -219,17 +180,15 @@ def test_two_workers_train_one_model_and_go_on_after_a_kill(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     one, other = (np.load(tmp_path / f"weights_{index}.npz") for index in (0, 1))
     assert len(one.files) == len(other.files) > 10
-    for name in one.files:
-        np.testing.assert_array_equal(one[name], other[name])
+    oracles.assert_same(one.values(), other.values())
 
 
 @pytest.mark.parametrize("config", ["not json", '{"cluster": 3}'])
 def test_malformed_tf_config(config, monkeypatch, capsys):
     monkeypatch.setenv("TF_CONFIG", config)
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--synthetic", "--epochs", "1"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: TF_CONFIG")
+    code, line = helpers.exit_of(lambda: script.main(["--synthetic", "--epochs", "1"]), capsys)
+    assert code == 2
+    assert line.startswith("error: TF_CONFIG")
 
 
 def test_missing_data_names_the_file_that_this_keras_looks_for(tmp_path):
