@@ -9,7 +9,8 @@ and more as it thinks best, and after each step it learns from 32 earlier ones, 
     python dueling_q_spaceinvaders.py                     # days on a CPU; it may be stopped
     python dueling_q_spaceinvaders.py --resume RUN_DIR    # and goes on later
 
-Result: (to be filled in when the long run ends.)
+Result: not shown yet. The network stays alive: after 300 steps 203 to 228 of 256 units answer, and
+with Adam's own epsilon 44 to 93 (seeds 0 to 4). Whether it learns takes a run of many hours.
 
 Differences from the article:
 1. A sampled state ends with the frame that its action was chosen for, not one frame earlier.
