@@ -139,3 +139,18 @@ def test_paste_interrupt_and_run_again(start_kernel, script):
     printed, errors, _ = kernel.run("main(['--epohcs', '1'])")
     assert errors == ["SystemExit: 2"]
     assert "error: unrecognized arguments: --epohcs 1" in printed
+
+
+def test_percent_run_keeps_its_flags(start_kernel):
+    flags = " ".join(CASES["double_q_cartpole"].tiny)
+    printed, errors, _ = start_kernel().run(f"%run {helpers.ROOT / 'double_q_cartpole.py'} {flags}")
+    assert errors == []
+    assert 'tensorboard --logdir "' in printed
+
+
+def test_a_kernel_that_sets_file(start_kernel):
+    """As VS Code's interactive window does: the command line is the kernel's all the same."""
+    source, kernel = helpers.source("double_q_cartpole"), start_kernel()
+    kernel.run("__file__ = 'somewhere/double_q_cartpole.py'")
+    printed, errors, _ = kernel.run(source, interrupt_at=CASES["double_q_cartpole"].started)
+    assert errors == ["SystemExit: 130"], printed
