@@ -1,19 +1,14 @@
 """reinforce_cartpole.py: returns and gradients by hand, the trap, the differences it lists."""
 
-import helpers
 import numpy as np
 import oracles
 import pytest
 import tensorflow as tf
+from helpers import run_main
 
 import reinforce_cartpole as script
 
 keras = script.keras
-
-
-def train(*flags):
-    """Run the script; return its runs as they stand in results.json."""
-    return helpers.run_main(script, flags)[1]["reinforce"]["runs"]
 
 
 def episode(length, seed=0):
@@ -124,10 +119,10 @@ def test_difference_3_one_update_fits_all_episodes(monkeypatch):
         return update_network(network, optimizer, *tensors)
 
     monkeypatch.setattr(script, "update_network", watched)
-    (run,) = train("--epochs", "20")
-    assert len(set(run["history"]["reward"])) > 5  # episodes of many lengths, and one shape
-    assert traced == [(200, 4)]
-    saved = keras.models.load_model(helpers.newest_results(".")[0] / "reinforce.keras")
+    folder, arms = run_main(script, ["--epochs", "20"])
+    assert len(set(arms["reinforce"]["history"]["reward"])) > 5  # many lengths
+    assert traced == [(200, 4)]  # and one shape
+    saved = keras.models.load_model(folder / "reinforce.keras")
     keras.utils.set_random_seed(0)
     first = script.build_model().get_weights()
     assert oracles.smallest_move(saved.get_weights(), first) > 1e-4  # it has learned
@@ -135,16 +130,16 @@ def test_difference_3_one_update_fits_all_episodes(monkeypatch):
 
 def test_difference_4_it_ends(monkeypatch):
     """Max-steps cut the last episode; the reward is the mean of the last hundred."""
-    (run,) = train("--epochs", "150", "--max-steps", "2000")
-    rewards = run["history"]["reward"]
+    _, arms = run_main(script, ["--epochs", "150", "--max-steps", "2000"])
+    rewards = arms["reinforce"]["history"]["reward"]
     assert sum(rewards) == 2000  # a reward of one a step
     assert 100 < len(rewards) < 150
-    assert run["final"]["reward"] == pytest.approx(np.mean(rewards[-100:]))
+    assert arms["reinforce"]["final"]["reward"] == pytest.approx(np.mean(rewards[-100:]))
 
 
 @pytest.mark.slow
 def test_claim_rewards_climb_with_high_variance():
     """The article's 1,500 episodes, five seeds: all end near 200, and on the way differ widely."""
-    runs = train("--runs", "5")
+    runs = run_main(script, ["--runs", "5"])[1]["reinforce"]["runs"]
     assert min(run["final"]["reward"] for run in runs) > 150
     assert np.std([np.mean(run["history"]["reward"][300:500]) for run in runs], ddof=1) > 10

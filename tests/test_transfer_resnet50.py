@@ -136,6 +136,8 @@ def test_a_head_that_was_resumed_is_the_undisturbed_one(quick):
     for metric, values in arms["resnet50"]["history"].items():
         assert resumed["resnet50"]["history"][metric] == pytest.approx(values, abs=1e-5), metric
     oracles.assert_same(head_of(folder), head_of(undisturbed), atol=1e-5)
+    (events,) = folder.glob("resnet50/resumed-*/train")
+    assert [step for step, _ in helpers.events(events, "epoch_loss")] == [2, 3]  # not anew
 
 
 @pytest.mark.parametrize("epochs_before", [0, 1])
