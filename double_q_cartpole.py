@@ -18,7 +18,7 @@ Differences from the article:
 1. Only a fallen pole is stored as a terminal state. The article also stored the time limit as one,
    and so taught that a pole held for 200 steps is worth nothing.
 2. Terminal states have a column of their own; the article looked for next states that sum to zero.
-3. The memory is a set of arrays in which a new step replaces the oldest one.
+3. The memory is one array with named columns, in which a new step replaces the oldest one.
 4. An episode's length counts its last step, and `avg loss` is the mean over the steps that trained.
 5. All networks of both arms start from the same weights. Both steps are compiled.
 As in the article, the arms differ in two things: who judges, and that Double Q's judge lags behind.
@@ -268,7 +268,9 @@ def plot(run):
     figure.savefig(run.folder / "reward.png")
     figure, axes = plot_episodes(run, "mean q")
     if gamma < 1:
-        axes.axhline(1 / (1 - gamma), color="black", linestyle="--", label="pole that never falls")
+        axes.axhline(
+            1 / (1 - gamma), color="black", linestyle="--", label="a pole that never falls"
+        )
     axes.set_title(f"Largest Q value of the next states, each step pays N(1, {noise:g})")
     axes.legend()
     figure.savefig(run.folder / "mean_q.png")

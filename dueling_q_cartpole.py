@@ -19,7 +19,7 @@ Differences from the article:
 3. Epsilon falls until step 300 + 5,000. The article's jumps at step 5,000, from 0.07 to 0.01.
 4. `avg loss` is the mean over the steps that trained; the article averaged a -1 for every other.
 5. Only a fallen pole is stored as a terminal state, not the time limit, in a column of its own.
-6. The memory is a set of arrays in which a new step replaces the oldest one.
+6. The memory is one array with named columns, in which a new step replaces the oldest one.
 7. DQModel is a function, so that `load_model` needs no class of ours. Both steps are compiled.
 8. Training ends, after 500 episodes.
 """

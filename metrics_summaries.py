@@ -270,7 +270,7 @@ def main(argv=None):
     """Run the three parts with the flags `argv`; return the final numbers of both arms."""
     parser = make_parser("--epochs", default=10)
     add = parser.add_argument
-    add("--steps-per-epoch", type=int, help="batches an epoch; None: 10000 // batch size")
+    add("--steps-per-epoch", type=int, help="batches an epoch; without it, 10000 // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
     add("--fit-epochs", type=int, default=5, help="epochs of fit; --epochs are the loop's")
     add("--batch-size", type=int, default=64, help="images a batch")

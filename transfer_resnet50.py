@@ -258,13 +258,11 @@ def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", default=7)
     add = parser.add_argument
-    add(
-        "--steps-per-epoch", type=int, help="batches an epoch; None: number of images // batch size"
-    )
+    add("--steps-per-epoch", type=int, help="batches an epoch; without it, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
     add("--batch-size", type=int, default=64, help="images a batch")
-    add("--data-dir", help="folder where TFDS keeps cats_vs_dogs; None: its own")
+    add("--data-dir", help="folder of cats_vs_dogs; without it, that of TFDS")
     add("--weights", default="imagenet", help="imagenet, none (random) or a file, for ResNet50")
     add("--preprocess", choices=["imagenet", "article"], default="imagenet", help="its pixels")
     add("--no-cache-features", action="store_true", help="run ResNet50 again in each epoch")
