@@ -1,7 +1,4 @@
-"""The frame: flags, folders, faults, Ctrl-C, kill and resume, each on one script.
-
-Its text is the same in every script (test_contract.py), so once is enough.
-"""
+"""The frame, one text in every script: flags, folders, faults, Ctrl-C, kill and resume, once."""
 
 import argparse
 import json
@@ -17,6 +14,7 @@ import pytest
 from helpers import ROOT, error_lines, exit_of, run_script, start
 
 import double_q_cartpole as episodes_script
+import dueling_q_spaceinvaders as script
 import resnet_cifar10 as fit_script
 
 QUICK = ["--epochs", "2", "--arms", "dqn"]  # of double_q_cartpole: seconds
@@ -144,7 +142,7 @@ def test_devices(monkeypatch, capsys):
     assert "restart Python" in line
 
 
-# --- Folders ---
+# --- Folders and results ---
 
 
 def test_two_runs_in_one_second(monkeypatch):
@@ -174,9 +172,6 @@ def test_a_logdir_that_cannot_be_made(logdir, capsys):
 def test_versions_are_the_modules(smoke_run):
     versions = smoke_run("double_q_cartpole").results["versions"]
     assert versions == {module.__name__: module.__version__ for module in episodes_script.MODULES}
-
-
-# --- Results ---
 
 
 def test_write_replaces_results_in_one_step_and_refuses_nan(capsys):
@@ -309,6 +304,17 @@ def test_what_resume_refuses(begun, capsys):
         code, line = exit_of(lambda flags=flags: fit_script.main(flags), capsys)
         assert code == 2
         assert reason in line
+
+
+def test_resume_takes_new_limits_and_keeps_all_else():
+    parser = script.make_parser("--epochs", default=1500)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--resume")
+    config = vars(parser.parse_args(["--max-steps", "300", "--seed", "4"]))
+    pathlib.Path("results.json").write_text(json.dumps({"script": script.SCRIPT, "config": config}))
+    flags = ["--resume", ".", "--max-steps", "600", "--epochs", "9", "--device", "cpu"]
+    args, _ = script.read_run(parser, flags)
+    assert (args.max_steps, args.epochs, args.device, args.seed) == (600, 9, "cpu", 4)
 
 
 def test_resume_trains_only_what_is_missing(begun):
