@@ -32,6 +32,7 @@ As in the article, the arms differ in two things: who judges, and that Double Q'
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -59,10 +60,9 @@ MIN_EPSILON = 0.01
 BATCH_SIZE = 32
 NUM_ACTIONS = 2
 
+
 # --- Algorithm ---
 # First the bias itself, with four random numbers; then the two ways to learn from a batch of steps.
-
-
 def show_max_bias(seed, folder):
     """Draw the rewards of the article's state B 10,000 times; print and plot their running means.
 
@@ -175,8 +175,6 @@ def overestimation(largest_q, gamma):
 
 # --- Training ---
 # One loop for both arms: act, store, learn, follow.
-
-
 def compile_agent(arm, primary_network, target_network, args):
     """Return the functions learn(rows) and q_values(states), compiled for one shape each."""
     optimizer = keras.optimizers.Adam()
@@ -258,8 +256,6 @@ def evaluate(env, q_values, log, network, gamma):
 
 # --- Figures ---
 # The article's, reward by episode; and what the article is about, the Q values beside their truth.
-
-
 def plot(run):
     """Draw the reward and the mean Q value of each arm by episode."""
     noise, gamma = run.args.random_reward_std, run.args.gamma
@@ -277,8 +273,6 @@ def plot(run):
 
 
 # --- Command line ---
-
-
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", "--episodes", default=1000)
@@ -303,18 +297,33 @@ def main(argv=None):
 
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
-
-
-def make_parser(*names, default):
+def make_parser(*names, default, several=False):
     """Return a parser with the flags of every script; `names` are those of the first one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
     add("--logdir", default="log", help="where each run makes a folder of its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return the name."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
+    return name
 
 
 def parse_flags(parser, argv):
@@ -323,58 +332,35 @@ def parse_flags(parser, argv):
         argv = []
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
-        if type(value) in (int, float) and not lowest <= value < 2**31:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
+    if "://" in args.logdir:
+        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
     return args
-
-
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        fail(2, f"error: argument --device: too late for {name}; restart Python first")
-    return ", ".join(gpu.name for gpu in chosen) or "CPU"
-
-
-def fail(code, line):
-    """End the run with one line on stderr and an exit code."""
-    print(line, file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
-    def __init__(self, args, data, several=False, results=None):
+    def __init__(self, args, data, results=None):
         """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
-        if "://" in args.logdir:
-            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
-        self.args, device = args, select_device(args.device, several)
+        name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        while self.folder.exists():  # two runs may start in one second
+            self.folder = self.folder.with_name(f"{self.folder.name}-2")
+        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
         if results:
-            self.folder = pathlib.Path(args.resume)
-        else:
-            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
-            while self.folder.exists():  # two runs may start in one second
-                self.folder = self.folder.with_name(f"{self.folder.name}-2")
-            versions = {module.__name__: module.__version__ for module in MODULES}
-            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
-            results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results = results | {"config": vars(args), "device": device, "complete": False}
+            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
+        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
+        self.results["device"] = ", ".join(gpus) or "CPU"
+        self.results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results["complete"] = False
         with self:  # this writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
     def __enter__(self):
         return self
@@ -384,21 +370,21 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            fail(1, f"error: {kind.__name__}: {error}")
+            sys.exit(f"error: {kind.__name__}: {error}")
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            fail(130, f"interrupted; what was finished is in {self.folder}")
+            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
+            sys.exit(130)
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            fail(1, "error: a loss or a metric is not finite; try another --seed")
-        temporary = self.folder / "results.json.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / "results.json")
+            sys.exit("error: a loss or a metric is not finite; try another --seed")
+        (self.folder / "results.json.tmp").write_text(text)
+        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 
     def report(self):
         """Print the results beside the article's and how to go on; return the final numbers."""
@@ -406,11 +392,8 @@ class Run:
         self.write()
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
-            columns = (
-                record["final"],
-                self.results["article"].get(arm, {}),
-                record.get("spread", {}),
-            )
+            article = self.results["article"].get(arm, {})
+            columns = record["final"], article, record.get("spread", {})
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
                 print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
@@ -421,8 +404,6 @@ class Run:
 
 
 # --- Frame, episodes: the same text in every CartPole script ---
-
-
 class EpisodeLog:
     """Keeps the episodes of one training, in results.json, in TensorBoard and on the screen."""
 
@@ -433,7 +414,7 @@ class EpisodeLog:
         self.arm = run.results["arms"].setdefault(arm, new)
         self.arm["runs"].append(self.record)
         self.writer = tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
-        self.start = self.written = time.perf_counter()
+        self.start = time.perf_counter()
 
     def add(self, values, note=""):
         """Record an episode, {tag: list of numbers}: their mean, or None where there are none."""
@@ -444,14 +425,11 @@ class EpisodeLog:
                 self.record["history"].setdefault(tag, []).append(mean)
                 if mean is not None:
                     tf.summary.scalar(tag, mean)
+        self.record["seconds"] = time.perf_counter() - self.start
         if self.episodes % max(1, self.run.args.epochs // 20) == 0:
             line = ", ".join(f"{tag} {mean:.4g}" for tag, mean in means.items() if values[tag])
             print(f"{self.name}, episode {self.episodes}: {line}{note}")
-        now = time.perf_counter()
-        self.record["seconds"] = now - self.start
-        if now - self.written > 3:
             self.run.write()
-            self.written = now
 
     def finish(self, final):
         """Record the final numbers of this training; the arm's are the means over its runs."""

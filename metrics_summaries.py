@@ -31,6 +31,7 @@ Differences from the article:
 # ///
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -52,10 +53,9 @@ ACCURACY = "sparse_categorical_accuracy"
 KERNEL_STD = "std_of_conv2d_kernel"
 ARTICLE = {"fit": {ACCURACY: 0.9692, f"val_{ACCURACY}": 0.0982, KERNEL_STD: 0.18}}
 
+
 # --- Algorithm ---
 # What a metric does, and how its value becomes a summary.
-
-
 def show_mean_metric(folder):
     """Print the mean of 2, 3 and 4, write it as the summary `mean`, and print it after a reset."""
     mean_metric = keras.metrics.Mean()
@@ -71,8 +71,6 @@ def show_mean_metric(folder):
 
 # --- Data ---
 # MNIST holds 70,000 handwritten digits, in grey, of 28 x 28 pixels.
-
-
 def load_data(synthetic):
     """Return (images, labels) to train and to test: (n, 28, 28) and (n,), both uint8."""
     if synthetic:
@@ -82,7 +80,7 @@ def load_data(synthetic):
         return keras.datasets.mnist.load_data()
     except Exception as error:  # Keras raises a plain Exception where a download fails
         advice = "put mnist.npz into ~/.keras/datasets, or use --synthetic"
-        fail(1, f"error: no MNIST ({type(error).__name__}: {error}); {advice}")
+        sys.exit(f"error: no MNIST ({type(error).__name__}: {error}); {advice}")
 
 
 def synthetic_data(count, seed):
@@ -112,8 +110,6 @@ def make_datasets(train_data, test_data, batch_size, seed):
 
 # --- Model ---
 # The article's network, and the layer that will watch one of its kernels.
-
-
 def build_model():
     """Return the network: images (28, 28, 1) to 10 logits."""
     model = keras.Sequential([keras.Input((28, 28, 1))])
@@ -144,8 +140,6 @@ class MetricLayer(keras.layers.Layer):
 
 # --- Training ---
 # First the custom loop, on one device; then fit, which updates and writes its metrics by itself.
-
-
 def make_train_step(model, optimizer, losses, accuracies):
     """Return a compiled step of training on (images, labels), which updates these metrics."""
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -242,8 +236,6 @@ def record_epoch(run, arm, logs, start):
 
 # --- Figures ---
 # What TensorBoard shows: the loop's two averages by batch, and two metrics of fit by epoch.
-
-
 def plot(run, summaries):
     """Draw the loop's `summaries`, and accuracy and deviation of the kernel from `fit`."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
@@ -264,11 +256,9 @@ def plot(run, summaries):
 
 
 # --- Command line ---
-
-
 def main(argv=None):
     """Run the three parts with the flags `argv`; return the final numbers of both arms."""
-    parser = make_parser("--epochs", default=10)
+    parser = make_parser("--epochs", default=10, several=True)
     add = parser.add_argument
     add("--steps-per-epoch", type=int, help="batches an epoch; without it, 10000 // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
@@ -277,7 +267,7 @@ def main(argv=None):
     add("--log-freq", type=int, default=10, help="batches of the loop a summary")
     args = parse_flags(parser, argv)
     num_batches = args.steps_per_epoch or max(1, 10000 // args.batch_size)
-    with Run(args, "synthetic" if args.synthetic else "MNIST", several=True) as run:
+    with Run(args, "synthetic" if args.synthetic else "MNIST") as run:
         show_mean_metric(run.folder)
         train_data, test_data = load_data(args.synthetic)
         keras.utils.set_random_seed(args.seed)
@@ -292,18 +282,33 @@ def main(argv=None):
 
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
-
-
-def make_parser(*names, default):
+def make_parser(*names, default, several=False):
     """Return a parser with the flags of every script; `names` are those of the first one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
     add("--logdir", default="log", help="where each run makes a folder of its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return the name."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
+    return name
 
 
 def parse_flags(parser, argv):
@@ -312,58 +317,35 @@ def parse_flags(parser, argv):
         argv = []
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
-        if type(value) in (int, float) and not lowest <= value < 2**31:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
+    if "://" in args.logdir:
+        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
     return args
-
-
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        fail(2, f"error: argument --device: too late for {name}; restart Python first")
-    return ", ".join(gpu.name for gpu in chosen) or "CPU"
-
-
-def fail(code, line):
-    """End the run with one line on stderr and an exit code."""
-    print(line, file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
-    def __init__(self, args, data, several=False, results=None):
+    def __init__(self, args, data, results=None):
         """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
-        if "://" in args.logdir:
-            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
-        self.args, device = args, select_device(args.device, several)
+        name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        while self.folder.exists():  # two runs may start in one second
+            self.folder = self.folder.with_name(f"{self.folder.name}-2")
+        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
         if results:
-            self.folder = pathlib.Path(args.resume)
-        else:
-            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
-            while self.folder.exists():  # two runs may start in one second
-                self.folder = self.folder.with_name(f"{self.folder.name}-2")
-            versions = {module.__name__: module.__version__ for module in MODULES}
-            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
-            results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results = results | {"config": vars(args), "device": device, "complete": False}
+            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
+        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
+        self.results["device"] = ", ".join(gpus) or "CPU"
+        self.results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results["complete"] = False
         with self:  # this writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
     def __enter__(self):
         return self
@@ -373,21 +355,21 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            fail(1, f"error: {kind.__name__}: {error}")
+            sys.exit(f"error: {kind.__name__}: {error}")
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            fail(130, f"interrupted; what was finished is in {self.folder}")
+            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
+            sys.exit(130)
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            fail(1, "error: a loss or a metric is not finite; try another --seed")
-        temporary = self.folder / "results.json.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / "results.json")
+            sys.exit("error: a loss or a metric is not finite; try another --seed")
+        (self.folder / "results.json.tmp").write_text(text)
+        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 
     def report(self):
         """Print the results beside the article's and how to go on; return the final numbers."""
@@ -395,11 +377,8 @@ class Run:
         self.write()
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
-            columns = (
-                record["final"],
-                self.results["article"].get(arm, {}),
-                record.get("spread", {}),
-            )
+            article = self.results["article"].get(arm, {})
+            columns = record["final"], article, record.get("spread", {})
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
                 print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))

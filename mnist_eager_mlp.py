@@ -29,6 +29,7 @@ The article speaks of 5,000 validation images. MNIST has none, so accuracy is on
 # ///
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -48,10 +49,9 @@ MODULES = (tf, keras, np)  # results.json names their versions
 FIRST = {"first_loss": 0.317, "first_test_accuracy": 0.9435}  # after one epoch
 ARTICLE = {"mlp": FIRST | {"loss": 0.022, "test_accuracy": 0.98}}  # after ten
 
+
 # --- Algorithm ---
 # TensorFlow as a calculator: a graph of three operations, and variables that can be changed.
-
-
 def simple_graph(b, c, const):
     """Return a = (b + c) * (c + const). The names appear in the graph that TensorBoard shows."""
     d = tf.add(b, c, name="d")
@@ -83,8 +83,6 @@ def show_simple_example(folder):
 
 # --- Data ---
 # MNIST holds 70,000 handwritten digits, in grey, of 28 x 28 pixels.
-
-
 def load_data(synthetic):
     """Return (images, labels) to train and to test: (n, 28, 28) and (n,), both uint8."""
     if synthetic:
@@ -94,7 +92,7 @@ def load_data(synthetic):
         return keras.datasets.mnist.load_data()
     except Exception as error:  # Keras raises a plain Exception where a download fails
         advice = "put mnist.npz into ~/.keras/datasets, or use --synthetic"
-        fail(1, f"error: no MNIST ({type(error).__name__}: {error}); {advice}")
+        sys.exit(f"error: no MNIST ({type(error).__name__}: {error}); {advice}")
 
 
 def synthetic_data(count, seed):
@@ -115,8 +113,6 @@ def get_batch(x_data, y_data, batch_size):
 
 # --- Model ---
 # The network is a function of its input and of four variables. There is no Keras model.
-
-
 def build_model():
     """Return the variables [W1, b1, W2, b2]. The biases start with a standard deviation of 1."""
     W1 = tf.Variable(tf.random.normal([784, 300], stddev=0.03), name="W1")
@@ -140,8 +136,6 @@ def loss_fn(logits, labels):
 
 # --- Training ---
 # A step is a forward pass on tape, its gradient, and Adam's update; 600 steps make an epoch.
-
-
 def train_step(batch_x, batch_y, weights, optimizer):
     """Move the weights down the gradient; return the loss before it. Labels: (batch,), integers."""
     batch_y = tf.one_hot(batch_y, 10)  # (batch, 10)
@@ -211,8 +205,6 @@ def finish(run, weights):
 
 # --- Figures ---
 # The article's picture of TensorBoard: accuracy by epoch.
-
-
 def plot(run):
     """Draw the accuracy on the test images by epoch."""
     accuracy = 100 * np.array(run.results["arms"]["mlp"]["history"]["accuracy"])
@@ -225,8 +217,6 @@ def plot(run):
 
 
 # --- Command line ---
-
-
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers."""
     parser = make_parser("--epochs", default=10)
@@ -249,18 +239,33 @@ def main(argv=None):
 
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
-
-
-def make_parser(*names, default):
+def make_parser(*names, default, several=False):
     """Return a parser with the flags of every script; `names` are those of the first one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
     add("--logdir", default="log", help="where each run makes a folder of its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return the name."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
+    return name
 
 
 def parse_flags(parser, argv):
@@ -269,58 +274,35 @@ def parse_flags(parser, argv):
         argv = []
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
-        if type(value) in (int, float) and not lowest <= value < 2**31:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
+    if "://" in args.logdir:
+        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
     return args
-
-
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        fail(2, f"error: argument --device: too late for {name}; restart Python first")
-    return ", ".join(gpu.name for gpu in chosen) or "CPU"
-
-
-def fail(code, line):
-    """End the run with one line on stderr and an exit code."""
-    print(line, file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
-    def __init__(self, args, data, several=False, results=None):
+    def __init__(self, args, data, results=None):
         """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
-        if "://" in args.logdir:
-            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
-        self.args, device = args, select_device(args.device, several)
+        name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        while self.folder.exists():  # two runs may start in one second
+            self.folder = self.folder.with_name(f"{self.folder.name}-2")
+        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
         if results:
-            self.folder = pathlib.Path(args.resume)
-        else:
-            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
-            while self.folder.exists():  # two runs may start in one second
-                self.folder = self.folder.with_name(f"{self.folder.name}-2")
-            versions = {module.__name__: module.__version__ for module in MODULES}
-            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
-            results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results = results | {"config": vars(args), "device": device, "complete": False}
+            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
+        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
+        self.results["device"] = ", ".join(gpus) or "CPU"
+        self.results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results["complete"] = False
         with self:  # this writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
     def __enter__(self):
         return self
@@ -330,21 +312,21 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            fail(1, f"error: {kind.__name__}: {error}")
+            sys.exit(f"error: {kind.__name__}: {error}")
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            fail(130, f"interrupted; what was finished is in {self.folder}")
+            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
+            sys.exit(130)
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            fail(1, "error: a loss or a metric is not finite; try another --seed")
-        temporary = self.folder / "results.json.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / "results.json")
+            sys.exit("error: a loss or a metric is not finite; try another --seed")
+        (self.folder / "results.json.tmp").write_text(text)
+        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 
     def report(self):
         """Print the results beside the article's and how to go on; return the final numbers."""
@@ -352,11 +334,8 @@ class Run:
         self.write()
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
-            columns = (
-                record["final"],
-                self.results["article"].get(arm, {}),
-                record.get("spread", {}),
-            )
+            article = self.results["article"].get(arm, {})
+            columns = record["final"], article, record.get("spread", {})
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
                 print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))

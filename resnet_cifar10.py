@@ -27,12 +27,11 @@ Differences from the article:
 # ///
 
 import argparse
+import functools
 import json
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
@@ -57,10 +56,9 @@ ARTICLE = {
 }
 NUM_RES_NET_BLOCKS = 10
 
+
 # --- Data ---
 # CIFAR-10 holds small photographs of ten kinds of things.
-
-
 def load_data(synthetic):
     """Return (images, labels) to train and to test: (n, 32, 32, 3), uint8, and (n, 1)."""
     if synthetic:
@@ -69,11 +67,10 @@ def load_data(synthetic):
     try:
         return keras.datasets.cifar10.load_data()
     except Exception as error:  # Keras raises a plain Exception where a download fails
-        name = "cifar-10-batches-py" + (
-            ".tar.gz" if "TF_CONFIG" in os.environ else "-target_archive"
-        )
+        ending = ".tar.gz" if "TF_CONFIG" in os.environ else "-target_archive"
+        name = f"cifar-10-batches-py{ending}"
         advice = f"put cifar-10-python.tar.gz into ~/.keras/datasets as {name}, or use --synthetic"
-        fail(1, f"error: no CIFAR-10 ({type(error).__name__}: {error}); {advice}")
+        sys.exit(f"error: no CIFAR-10 ({type(error).__name__}: {error}); {advice}")
 
 
 def synthetic_data(count):
@@ -104,8 +101,6 @@ def make_datasets(train_data, test_data, batch_size, seed):
 
 # --- Model ---
 # The two kinds of blocks differ in the addition. That line is what the article is about.
-
-
 def res_net_block(input_data, filters, conv_size):
     """Return relu(F(x) + x) for x of shape (batch, h, w, filters); F is two convolutions."""
     x = layers.Conv2D(filters, conv_size, activation="relu", padding="same")(input_data)
@@ -145,8 +140,6 @@ def build_model(arm):
 
 # --- Training ---
 # Both networks are trained alike. As in the article, an epoch is 195 of the 781 batches of a pass.
-
-
 def write_kernels(model, writer, epoch):
     """Write the 32 kernels of the first convolution to TensorBoard, as images of 3 x 3 pixels."""
     kernels = tf.transpose(model.layers[1].kernel, (3, 0, 1, 2))  # (32, 3, 3, 3)
@@ -184,8 +177,6 @@ def train(arm, run, strategy, train_data, test_data):
 
 # --- Figures ---
 # The article's two: accuracy in training and in validation.
-
-
 def plot(run):
     """Draw the accuracy of both networks by epoch."""
     for metric, name in {"acc": "training", "val_acc": "validation"}.items():
@@ -199,28 +190,22 @@ def plot(run):
 
 
 # --- Command line ---
-
-
 def make_strategy(run):
-    """Return how batches are shared: over TF_CONFIG's machines, over all devices, or not at all."""
+    """Return how batches are shared: over all devices, over TF_CONFIG's machines, or not at all."""
     if run.args.device == "all":
-        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-        return tf.distribute.MirroredStrategy(devices)
+        return tf.distribute.MirroredStrategy()
     if "TF_CONFIG" not in os.environ:
         return tf.distribute.get_strategy()
-    try:
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(2, f"error: TF_CONFIG is not what TensorFlow expects: {error!r}")
-    if not strategy.extended.should_checkpoint:  # only the first machine keeps its files
-        transfer = shutil.copytree if run.args.resume else shutil.move
-        run.folder = transfer(run.folder, pathlib.Path(tempfile.mkdtemp(), "run"))
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    if not strategy.extended.should_checkpoint:  # the files of the first machine count
+        run.folder = run.folder / f"worker_{strategy.cluster_resolver.task_id}"
+        run.folder.mkdir(exist_ok=True)
     return strategy
 
 
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    parser = make_parser("--epochs", default=30)
+    parser = make_parser("--epochs", default=30, several=True)
     add = parser.add_argument
     add("--steps-per-epoch", type=int, default=195, help="batches an epoch")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
@@ -229,7 +214,7 @@ def main(argv=None):
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
     args, results = read_run(parser, argv)
     data = "synthetic" if args.synthetic else "CIFAR-10"
-    with Run(args, data, several=True, results=results) as run:
+    with Run(args, data, results=results) as run:
         strategy = make_strategy(run)
         train_data, test_data = load_data(args.synthetic)
         for arm in dict.fromkeys(args.arms):  # each of them once
@@ -239,18 +224,33 @@ def main(argv=None):
 
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
-
-
-def make_parser(*names, default):
+def make_parser(*names, default, several=False):
     """Return a parser with the flags of every script; `names` are those of the first one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
     add("--logdir", default="log", help="where each run makes a folder of its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return the name."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
+    return name
 
 
 def parse_flags(parser, argv):
@@ -259,58 +259,35 @@ def parse_flags(parser, argv):
         argv = []
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
-        if type(value) in (int, float) and not lowest <= value < 2**31:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
+    if "://" in args.logdir:
+        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
     return args
-
-
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        fail(2, f"error: argument --device: too late for {name}; restart Python first")
-    return ", ".join(gpu.name for gpu in chosen) or "CPU"
-
-
-def fail(code, line):
-    """End the run with one line on stderr and an exit code."""
-    print(line, file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
-    def __init__(self, args, data, several=False, results=None):
+    def __init__(self, args, data, results=None):
         """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
-        if "://" in args.logdir:
-            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
-        self.args, device = args, select_device(args.device, several)
+        name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        while self.folder.exists():  # two runs may start in one second
+            self.folder = self.folder.with_name(f"{self.folder.name}-2")
+        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
         if results:
-            self.folder = pathlib.Path(args.resume)
-        else:
-            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
-            while self.folder.exists():  # two runs may start in one second
-                self.folder = self.folder.with_name(f"{self.folder.name}-2")
-            versions = {module.__name__: module.__version__ for module in MODULES}
-            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
-            results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results = results | {"config": vars(args), "device": device, "complete": False}
+            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
+        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
+        self.results["device"] = ", ".join(gpus) or "CPU"
+        self.results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results["complete"] = False
         with self:  # this writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
     def __enter__(self):
         return self
@@ -320,21 +297,21 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            fail(1, f"error: {kind.__name__}: {error}")
+            sys.exit(f"error: {kind.__name__}: {error}")
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            fail(130, f"interrupted; what was finished is in {self.folder}")
+            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
+            sys.exit(130)
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            fail(1, "error: a loss or a metric is not finite; try another --seed")
-        temporary = self.folder / "results.json.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / "results.json")
+            sys.exit("error: a loss or a metric is not finite; try another --seed")
+        (self.folder / "results.json.tmp").write_text(text)
+        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 
     def report(self):
         """Print the results beside the article's and how to go on; return the final numbers."""
@@ -342,11 +319,8 @@ class Run:
         self.write()
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
-            columns = (
-                record["final"],
-                self.results["article"].get(arm, {}),
-                record.get("spread", {}),
-            )
+            article = self.results["article"].get(arm, {})
+            columns = record["final"], article, record.get("spread", {})
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
                 print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
@@ -357,8 +331,6 @@ class Run:
 
 
 # --- Frame, resume: the same text in every script that can go on after an interruption ---
-
-
 def read_run(parser, argv):
     """Return the flags, and the results of the run that --resume names, or None.
 
@@ -382,8 +354,6 @@ def read_run(parser, argv):
 
 
 # --- Frame, fit: the same text in every script that calls fit and can go on ---
-
-
 class SaveEpochs(keras.callbacks.Callback):
     """Writes each epoch to results.json, then saves the whole model; each in one step."""
 
@@ -400,9 +370,8 @@ class SaveEpochs(keras.callbacks.Callback):
         self.record["seconds"] += now - self.start
         self.start = now
         self.run.write()
-        temporary = self.path.with_suffix(".tmp.keras")
-        self.model.save(temporary)
-        os.replace(temporary, self.path)
+        self.model.save(self.path.with_suffix(".tmp.keras"))
+        os.replace(self.path.with_suffix(".tmp.keras"), self.path)
 
 
 if __name__ == "__main__":

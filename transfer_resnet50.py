@@ -30,6 +30,7 @@ Differences from the article:
 # ///
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -61,17 +62,16 @@ IMAGE_SIZE = 100
 SYNTHETIC_COUNTS = (160, 24, 16)  # images to train, to validate and to test
 VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or lines
 
+
 # --- Data ---
 # The photographs have many sizes. They are labelled 0 for a cat and 1 for a dog.
-
-
 def load_data(args):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
     if args.synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
     if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
         remedy = 'pip install "tensorflow-metadata<1.18", then restart Python'
-        fail(1, f"error: tensorflow_datasets failed on import; if protobuf is too old: {remedy}")
+        sys.exit(f"error: tensorflow_datasets failed on import; if protobuf is too old: {remedy}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
@@ -79,7 +79,7 @@ def load_data(args):
     except Exception as error:  # TFDS has many types of its own
         advice = "put kagglecatsanddogs_5340.zip into downloads/manual in TFDS's folder"
         reason = f"{type(error).__name__}: {error}"
-        fail(1, f"error: no cats_vs_dogs ({reason}); {advice}, or use --synthetic")
+        sys.exit(f"error: no cats_vs_dogs ({reason}); {advice}, or use --synthetic")
 
 
 def synthetic_photographs(count):
@@ -120,8 +120,6 @@ def make_datasets(sets, batch_size, window, seed):
 
 # --- Model ---
 # The small network learns everything from these photographs, the other one hardly anything.
-
-
 def build_head():
     """Return the convolutional head: pixels (100, 100, 3), 0 to 255, to maps (10, 10, 64)."""
     head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
@@ -162,7 +160,7 @@ def build_res_net(weights, preprocess):
         res_net = resnet50.ResNet50(weights=weights, include_top=False, input_tensor=inputs)
     except Exception as error:  # Keras raises a plain Exception where a download fails
         advice = "put that file into ~/.keras/models, or use --weights none"
-        fail(1, f"error: no weights for ResNet50 ({type(error).__name__}: {error}); {advice}")
+        sys.exit(f"error: no weights for ResNet50 ({type(error).__name__}: {error}); {advice}")
     res_net.trainable = False
     return res_net
 
@@ -176,8 +174,6 @@ def build_tl_model(res_net):
 
 # --- Training ---
 # As in the article, an epoch has as many batches as all three sets would fill: 1.25 passes.
-
-
 def compute_features(res_net, sets):
     """Return the sets with features (2048,), which the last layer gets, in the images' place."""
     extractor = keras.Sequential([res_net, layers.GlobalAveragePooling2D()])
@@ -236,8 +232,6 @@ def fit(network, saver, sets, events):
 
 # --- Figures ---
 # The article's two: accuracy in training and in validation.
-
-
 def plot(run):
     """Draw the accuracy of both networks by epoch."""
     for metric, name in {"accuracy": "training", "val_accuracy": "validation"}.items():
@@ -252,11 +246,9 @@ def plot(run):
 
 
 # --- Command line ---
-
-
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    parser = make_parser("--epochs", default=7)
+    parser = make_parser("--epochs", default=7, several=True)
     add = parser.add_argument
     add("--steps-per-epoch", type=int, help="batches an epoch; without it, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
@@ -269,7 +261,7 @@ def main(argv=None):
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
     args, results = read_run(parser, argv)
     data = "synthetic" if args.synthetic else "cats_vs_dogs"
-    with Run(args, data, several=True, results=results) as run:
+    with Run(args, data, results=results) as run:
         mirrored = args.device == "all"  # then each device gets its share of every batch
         strategy = tf.distribute.MirroredStrategy() if mirrored else tf.distribute.get_strategy()
         with strategy.scope():
@@ -287,18 +279,33 @@ def main(argv=None):
 
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
-
-
-def make_parser(*names, default):
+def make_parser(*names, default, several=False):
     """Return a parser with the flags of every script; `names` are those of the first one."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", default="auto", help="auto, cpu, gpu, gpu:N, or all where fit trains")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
     add("--logdir", default="log", help="where each run makes a folder of its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
+
+
+def select_device(name, several):
+    """Let TensorFlow see only the GPUs that --device names; return the name."""
+    gpus = tf.config.list_physical_devices("GPU")
+    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
+    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
+    chosen = choices.get("gpu:0" if name == "gpu" else name)
+    if chosen is None:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    try:
+        tf.config.set_visible_devices(chosen, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
+    return name
 
 
 def parse_flags(parser, argv):
@@ -307,58 +314,35 @@ def parse_flags(parser, argv):
         argv = []
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        lowest = 1 if type(value) is int and name != "seed" else 0  # the others may be nothing
-        if type(value) in (int, float) and not lowest <= value < 2**31:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is out of range")
+        if type(value) is int and value < (0 if name == "seed" else 1):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
+    if "://" in args.logdir:
+        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
     return args
-
-
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return their names, or "CPU"."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        fail(2, f"error: argument --device: {name} is not one of {', '.join(choices)} here")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(chosen, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        fail(2, f"error: argument --device: too late for {name}; restart Python first")
-    return ", ".join(gpu.name for gpu in chosen) or "CPU"
-
-
-def fail(code, line):
-    """End the run with one line on stderr and an exit code."""
-    print(line, file=sys.stderr)
-    raise SystemExit(code) from None
 
 
 class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
-    def __init__(self, args, data, several=False, results=None):
+    def __init__(self, args, data, results=None):
         """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
-        if "://" in args.logdir:
-            fail(2, f"error: argument --logdir: {args.logdir} is not a folder on this computer")
-        self.args, device = args, select_device(args.device, several)
+        name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
+        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        while self.folder.exists():  # two runs may start in one second
+            self.folder = self.folder.with_name(f"{self.folder.name}-2")
+        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
         if results:
-            self.folder = pathlib.Path(args.resume)
-        else:
-            name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-            self.folder = pathlib.Path(args.logdir).expanduser() / SCRIPT / name
-            while self.folder.exists():  # two runs may start in one second
-                self.folder = self.folder.with_name(f"{self.folder.name}-2")
-            versions = {module.__name__: module.__version__ for module in MODULES}
-            results = {"script": SCRIPT, "versions": versions, "data": data, "arms": {}}
-            results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results = results | {"config": vars(args), "device": device, "complete": False}
+            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
+        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
+        self.results["device"] = ", ".join(gpus) or "CPU"
+        self.results["article"] = {} if data == "synthetic" else ARTICLE
+        self.results["complete"] = False
         with self:  # this writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder}")
+        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
     def __enter__(self):
         return self
@@ -368,21 +352,21 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            fail(1, f"error: {kind.__name__}: {error}")
+            sys.exit(f"error: {kind.__name__}: {error}")
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            fail(130, f"interrupted; what was finished is in {self.folder}")
+            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
+            sys.exit(130)
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            fail(1, "error: a loss or a metric is not finite; try another --seed")
-        temporary = self.folder / "results.json.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / "results.json")
+            sys.exit("error: a loss or a metric is not finite; try another --seed")
+        (self.folder / "results.json.tmp").write_text(text)
+        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 
     def report(self):
         """Print the results beside the article's and how to go on; return the final numbers."""
@@ -390,11 +374,8 @@ class Run:
         self.write()
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
         for arm, record in self.results["arms"].items():
-            columns = (
-                record["final"],
-                self.results["article"].get(arm, {}),
-                record.get("spread", {}),
-            )
+            article = self.results["article"].get(arm, {})
+            columns = record["final"], article, record.get("spread", {})
             for metric in record["final"]:
                 cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
                 print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
@@ -405,8 +386,6 @@ class Run:
 
 
 # --- Frame, resume: the same text in every script that can go on after an interruption ---
-
-
 def read_run(parser, argv):
     """Return the flags, and the results of the run that --resume names, or None.
 
@@ -430,8 +409,6 @@ def read_run(parser, argv):
 
 
 # --- Frame, fit: the same text in every script that calls fit and can go on ---
-
-
 class SaveEpochs(keras.callbacks.Callback):
     """Writes each epoch to results.json, then saves the whole model; each in one step."""
 
@@ -448,9 +425,8 @@ class SaveEpochs(keras.callbacks.Callback):
         self.record["seconds"] += now - self.start
         self.start = now
         self.run.write()
-        temporary = self.path.with_suffix(".tmp.keras")
-        self.model.save(temporary)
-        os.replace(temporary, self.path)
+        self.model.save(self.path.with_suffix(".tmp.keras"))
+        os.replace(self.path.with_suffix(".tmp.keras"), self.path)
 
 
 if __name__ == "__main__":
