@@ -3,22 +3,21 @@
 Article: "Bayes Theorem, maximum likelihood estimation and TensorFlow Probability".
 
 Bayes' theorem turns what was believed before the data into what is believed after them. Without any
-belief before, the best parameters are those that make the data most likely. A network whose output
-is a distribution finds them by gradient descent on the negative log likelihood (NLL): first those
-of a line, then those of a line and of its growing noise.
+belief before, the best parameters make the data most likely. A network that returns distributions
+finds them by descent on the negative log likelihood (NLL): those of a line, then of its noise too.
 
     python bayes_mle.py                # the article's fits, beside closed forms and the truth
     python bayes_mle.py --converge     # goes on until the maximum is reached
 
 Result (seeds 0 to 4): the first fit misses least squares by up to 0.07 in slope and 0.21 in
-intercept. The second misses its maximum by 0.05, 0.004, 1.0, 4.8 and 0.002 NLL a point, so its band
-holds 92, 95, 61, 42 and 95 % of the points. `--converge` reaches both to 0.001 (95 to 98 %).
+intercept. The second misses its maximum by 0.002 to 4.8 NLL a point, and its band holds 42 to 95 %
+of the points. `--converge` reaches both to 0.001 (95 to 98 %).
 
 Differences from the article:
 1. Everything is a column (N, 1). If y is one and the mean is `loc=x[:, 0]`, as in the article, each
    y is compared with every mean, without an error, and the line is too flat (0.51 for seed 0).
 2. tf_keras instead of Keras 3, whose models TensorFlow Probability's layers reject.
-3. What grows is the standard deviation, and so is sigma; the article calls both the variance.
+3. Sigma, which grows with x, is the standard deviation. The article calls it the variance.
 4. The data come from a seed. The article's array `noise` takes the name of its own function.
 5. The prior moves by a formula, and the fits stand beside least squares and the truth.
 """
@@ -92,10 +91,8 @@ def show_probabilities():
 
 
 def posterior_of_mean(heights, prior_mean, prior_stddev, stddev):
-    """Return mean and standard deviation, in cm, of the belief about a mean after `heights` (n,).
-
-    Each height is known to spread by `stddev`. Precisions, 1 / variance, add up and weight means.
-    """
+    """Return mean and standard deviation (cm) of the belief about a mean after `heights` (n,)."""
+    # Heights spread by the known `stddev`. Precisions, 1 / variance, add up and weight the means.
     precision = 1 / prior_stddev**2 + len(heights) / stddev**2
     mean = (prior_mean / prior_stddev**2 + np.sum(heights) / stddev**2) / precision
     return mean, precision**-0.5
@@ -111,7 +108,6 @@ def update_prior(run):
             beliefs.append(posterior_of_mean(heights[:count], *beliefs[0], CLASS_STDDEV))
             tf.summary.scalar("mean", beliefs[-1][0], step=count)
     means, stddevs = np.transpose(beliefs[1:]).tolist()
-    print(f"heights: {PRIOR_MEAN} cm before, {means[-1]:.1f} cm after {PUPILS} pupils")
     run.results["arms"]["prior"] = {
         "history": {"mean": means, "stddev": stddevs},
         "final": {"mean": means[-1], "stddev": stddevs[-1]},
@@ -123,14 +119,10 @@ def update_prior(run):
 # --- Data ---
 # Points around the line 2 x + 3, whose noise is the same everywhere, or grows with x.
 def load_data(arm, samples, spread, seed):
-    """Return x_range, lin_reg and the standard deviation of its noise, each (samples, 1) float32.
-
-    The noise of both arms is the same numbers, multiplied by `spread` or by what grows with x.
-    """
+    """Return x_range, lin_reg and the stddev of its noise: float32 columns (samples, 1)."""
     x_range = np.arange(samples)[:, np.newaxis] * 10.0 / samples  # 0, 0.1, ... 9.9
-    if arm == "constant_noise":
-        stddev = np.full_like(x_range, spread)
-    else:
+    stddev = np.full_like(x_range, spread)
+    if arm == "growing_noise":
         stddev = (0.5 * x_range + 2.0) * spread / 3.0  # with the default: 0.5 x + 2
     noise = np.random.default_rng(seed).normal(0, stddev)
     lin_reg = x_range * GRAD + INTERCEPT + noise
@@ -148,25 +140,17 @@ def least_squares(x_range, lin_reg):
 # The article's two: one node for a mean, then a second one for the standard deviation.
 def constant_noise_model():
     """Return the network from x (N, 1) to N Normals: a line x W + b of means, and a scale of 1."""
-
-    def normal(x):
-        return tfd.Normal(loc=x, scale=1)
-
-    dense = keras.layers.Dense(1)
-    return keras.Sequential([keras.Input((1,)), dense, tfp.layers.DistributionLambda(normal)])
+    normals = tfp.layers.DistributionLambda(lambda x: tfd.Normal(loc=x, scale=1))
+    return keras.Sequential([keras.Input((1,)), keras.layers.Dense(1), normals])
 
 
 def growing_noise_model():
-    """Return the network from x (N, 1) to N Normals: two lines, of the means and of the scales.
-
-    `x[:, :1]` is a column. With `x[:, 0]`, shape (N,), a column of N values gives (N, N) errors.
-    """
-
-    def normal(x):
-        return tfd.Normal(loc=x[:, :1], scale=1e-3 + tf.math.softplus(0.3 * x[:, 1:]))
-
-    dense = keras.layers.Dense(2)
-    return keras.Sequential([keras.Input((1,)), dense, tfp.layers.DistributionLambda(normal)])
+    """Return the network from x (N, 1) to N Normals: two lines, of the means and of the scales."""
+    # x[:, :1] is a column. With x[:, 0], shape (N,), a column of N values would give (N, N) errors.
+    normals = tfp.layers.DistributionLambda(
+        lambda x: tfd.Normal(loc=x[:, :1], scale=1e-3 + tf.math.softplus(0.3 * x[:, 1:]))
+    )
+    return keras.Sequential([keras.Input((1,)), keras.layers.Dense(2), normals])
 
 
 MODELS = {"constant_noise": constant_noise_model, "growing_noise": growing_noise_model}
@@ -177,13 +161,12 @@ MODELS = {"constant_noise": constant_noise_model, "growing_noise": growing_noise
 def fit(arm, model, x_range, lin_reg, run):
     """Fit the model as the article does; record the loss of each epoch."""
     epochs = run.args.epochs * (2 if arm == "growing_noise" else 1)
-    losses = run.results["arms"][arm]["history"]["loss"]
 
     def record(epoch, logs):
-        losses.append(float(logs["loss"]))
+        run.results["arms"][arm]["history"]["loss"].append(float(logs["loss"]))
         tf.summary.scalar("loss", logs["loss"], step=epoch)
         if (epoch + 1) % max(1, epochs // 5) == 0:
-            print(f"{arm}, epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}")
+            print(f"{arm}, epoch {epoch + 1} of {epochs}: loss {logs['loss']:.4f}")
             run.write()
 
     model.compile(optimizer=keras.optimizers.Adam(learning_rate=0.05), loss=neg_log_likelihood)
@@ -193,12 +176,9 @@ def fit(arm, model, x_range, lin_reg, run):
 
 
 def converge(model, x_range, lin_reg, epochs):
-    """Go on to the maximum: all points in each step, and a step size that falls to zero.
-
-    Adam begins anew. The old one still divides by its first gradients, which are huge where the
-    scale starts out too small.
-    """
+    """Go on to the maximum: all points in each step, and a step size that falls to zero."""
     print(f"going on for {epochs} epochs, to the maximum")
+    # Adam begins anew: the old one still divides by its first gradients, huge if scales were small.
     rate = keras.optimizers.schedules.CosineDecay(0.2, epochs)
     model.compile(optimizer=keras.optimizers.Adam(rate), loss=neg_log_likelihood)
     model.fit(x_range, lin_reg, batch_size=len(x_range), epochs=epochs, verbose=False)
@@ -253,7 +233,7 @@ def plot_prior(run, beliefs):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for count in (0, 1, 3, 10, PUPILS):
         density = np.exp(normal_log_likelihood(heights, *beliefs[count]))
-        axes.plot(heights, density, label=f"posterior, n = {count}" if count else "prior")
+        axes.plot(heights, density, label=f"after {count} pupils")
     axes.axvline(CLASS_MEAN, color="black", linestyle=":", label="ground truth")
     axes.set(xlabel="mean height (cm)", ylabel="density", title="The prior moves to the evidence")
     axes.legend(loc="upper left")
@@ -261,28 +241,25 @@ def plot_prior(run, beliefs):
 
 
 def plot(run, arm, x_range, lin_reg, outputs):
-    """Draw the data of an arm; then draw into them what the fit makes of them, and the truth."""
+    """Draw the data of an arm; then add the lines, and bands of two stddevs where noise grows."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.scatter(x_range, lin_reg, s=12, color="gray", label="data")
     axes.set(xlabel="x", ylabel="y", title=arm.replace("_", " "))
-    axes.legend(loc="upper left")
     figure.savefig(run.folder / f"{arm}_data.png")
     x = x_range[:, 0]
-    for name, label in {"fit": "predicted", "converged": "converged"}.items():
-        if name in outputs:
-            mean, stddev = outputs[name].mean()[:, 0], outputs[name].stddev()[:, 0]
-            axes.plot(x, mean, label=label)
-            if arm == "growing_noise":
-                upper, lower = mean + 2 * stddev, mean - 2 * stddev
-                band = f"{label}, two standard deviations"
-                axes.fill_between(x, lower, upper, alpha=0.15, label=band)
-    axes.plot(x, x * GRAD + INTERCEPT, "--", label="ground truth")
+    for name, yhat in outputs.items():
+        mean, stddev = yhat.mean()[:, 0], yhat.stddev()[:, 0]
+        axes.plot(x, mean, label=name)
+        if arm == "growing_noise":
+            upper, lower = mean + 2 * stddev, mean - 2 * stddev
+            axes.fill_between(x, lower, upper, alpha=0.15)
     axes.legend(loc="upper left")
     figure.savefig(run.folder / f"{arm}_fit.png")
 
 
-def show_estimates(arm, estimates):
+def show_estimates(run, arm):
     """Print what the fits, the closed form and the truth say, side by side."""
+    estimates = run.results["arms"][arm]["estimates"]
     print(f"\n{arm:<15}", *(f"{name:>14}" for name in estimates))
     for metric in estimates["fit"]:
         print(f"{metric:<15}", *(f"{numbers[metric]:>14.4f}" for numbers in estimates.values()))
@@ -304,14 +281,12 @@ def main(argv=None):
         plot_prior(run, update_prior(run))
         for arm in MODELS:
             plot(run, arm, *train(arm, run))
-        for arm in MODELS:
-            show_estimates(arm, run.results["arms"][arm]["estimates"])
+            show_estimates(run, arm)
         final = run.report()
-        for arm, build_model in MODELS.items():
+        for arm in MODELS:
             if "ipykernel" not in sys.modules:
-                print(f"from {SCRIPT} import {build_model.__name__}", end="; ")
-            path = run.folder / f"{arm}.weights.h5"
-            print(f'model = {build_model.__name__}(); model.load_weights("{path}")')
+                print(f"from {SCRIPT} import {arm}_model", end="; ")
+            print(f'model = {arm}_model(); model.load_weights("{run.folder}/{arm}.weights.h5")')
         return final
 
 

@@ -15,8 +15,7 @@ that is true; Double Q's by 1.8 in the median, but one of its runs ran away. On 
 claim does not hold: Double Q is hardly earlier and not steadier.
 
 Differences from the article:
-1. Only a fallen pole is stored as a terminal state. The article also stored the time limit as one,
-   and so taught that a pole held for 200 steps is worth nothing.
+1. A pole held for 200 steps is not stored as fallen, which would teach that it is worth nothing.
 2. Terminal states have a column of their own; the article looked for next states that sum to zero.
 3. The memory is one array with named columns, in which a new step replaces the oldest one.
 4. An episode's length counts its last step, and `avg loss` is the mean over the steps that trained.
@@ -70,10 +69,10 @@ def show_max_bias(seed, folder):
     the three as the value of B. Double Q takes a second draw of whichever was the largest.
     """
     draws = np.random.default_rng(seed).normal(1, 4, (2, 10000, 3)) * [0, 1, 1]
-    (Ra, Rc, Rd), judge = draws[0].T, draws[1]  # (10000,) each, and (10000, 3)
+    (Ra, Rc, Rd), second = draws.transpose(0, 2, 1)  # (10000,) each, and (3, 10000)
+    largest = np.argmax([Ra, Rc, Rd], axis=0)
     curves = {"Rc": Rc, "Rd": Rd, "max(Ra, Rc, Rd): deep Q": np.max([Ra, Rc, Rd], axis=0)}
-    chosen = np.argmax([Ra, Rc, Rd], axis=0)
-    curves["a second draw of the largest: Double Q"] = judge[np.arange(10000), chosen]
+    curves["a second draw of the largest: Double Q"] = np.choose(largest, second)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     count = np.arange(1, 10001)
     for label, values in curves.items():
@@ -121,8 +120,8 @@ class Memory:
 
 
 def split_rows(rows):
-    """Return the states, actions, rewards, next states and terminals of rows of a Memory."""
-    return rows[:, 0:4], tf.cast(rows[:, 4], tf.int32), rows[:, 5], rows[:, 6:10], rows[:, 10]
+    """Return the states, actions, rewards, next states and terminals of rows (n, 11)."""
+    return rows[:, 0:4], rows[:, 4], rows[:, 5], rows[:, 6:10], rows[:, 10]
 
 
 def choose_action(state, q_values, eps):
@@ -146,7 +145,7 @@ def train(batch, primary_network, target_network, optimizer, gamma, double_q):
     else:
         q_next = tf.reduce_max(q_judge, axis=1)  # the largest of noisy values: too large
     target_q = rewards + gamma * (1 - terminals) * q_next  # as in 0.95 x 2 = 1.9
-    taken = tf.one_hot(actions, NUM_ACTIONS)  # the action that was not taken adds no loss
+    taken = tf.one_hot(tf.cast(actions, tf.int32), NUM_ACTIONS)  # the other action adds no loss
     with tf.GradientTape() as tape:
         error = taken * (target_q[:, tf.newaxis] - primary_network(states))
         loss = tf.reduce_mean(tf.square(error))
@@ -163,35 +162,33 @@ def update_network(primary_network, target_network, tau):
 def overestimation(largest_q, gamma):
     """Return by how much the largest Q of each state of an episode exceeds the true return.
 
-    Each step pays 1 on average, so with n steps to go the return is 1 + gamma + ... up to
-    gamma^(n - 1). Of an episode cut off at 200 steps the last 90 states are left out: their
-    returns would have gone on, and 0.95^90 is one percent.
+    Each step pays 1 on average, so with n to go the return is 1 + gamma + ... + gamma^(n - 1).
+    Of an episode cut off at 200 steps the last 90 states are left out: their returns would have
+    gone on, and 0.95^90 is one percent.
     """
-    steps_to_go = np.arange(len(largest_q), 0, -1)
-    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[steps_to_go - 1]
+    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[::-1]
     errors = np.array(largest_q) - returns
     return errors[:-90] if len(errors) == 200 else errors
 
 
 # --- Training ---
 # One loop for both arms: act, store, learn, follow.
-def compile_agent(arm, primary_network, target_network, args):
+def compile_agent(double_q, primary_network, target_network, args):
     """Return the functions learn(rows) and q_values(states), compiled for one shape each."""
     optimizer = keras.optimizers.Adam()
     optimizer.build(primary_network.trainable_variables)  # before the functions are compiled
 
     def learn(rows):
         batch = split_rows(rows)
-        double_q = arm == "double"
         results = train(batch, primary_network, target_network, optimizer, args.gamma, double_q)
         if target_network is not None:
             update_network(primary_network, target_network, args.tau)
         return results
 
-    learn = tf.function(learn, jit_compile=True, autograph=False)
-    learn = learn.get_concrete_function(tf.TensorSpec((BATCH_SIZE, 11)))
-    q_values = tf.function(primary_network, jit_compile=True, autograph=False)
-    return learn, q_values.get_concrete_function(tf.TensorSpec((1, 4)))
+    compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
+    learn = compiled(learn).get_concrete_function(tf.TensorSpec((BATCH_SIZE, 11)))
+    q_values = compiled(primary_network).get_concrete_function(tf.TensorSpec((1, 4)))
+    return learn, q_values
 
 
 def train_agent(arm, seed, run):
@@ -204,7 +201,7 @@ def train_agent(arm, seed, run):
     if arm != "dqn":
         target_network = build_model()
         target_network.set_weights(primary_network.get_weights())
-    learn, q_values = compile_agent(arm, primary_network, target_network, args)
+    learn, q_values = compile_agent(arm == "double", primary_network, target_network, args)
     log = EpisodeLog(run, arm, seed)
     eps, steps = MAX_EPSILON, 0
     while log.episodes < args.epochs and steps != args.max_steps:
@@ -222,8 +219,7 @@ def train_agent(arm, seed, run):
                 largest_q.append(float(mean_q))
             eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * math.exp(-args.epsilon_decay * steps)
             ended = terminated or truncated or steps == args.max_steps
-        values = {"reward": [length], "avg loss": losses, "mean q": largest_q}
-        log.add(values, note=f", eps {eps:.3f}")
+        log.add({"reward": [length], "avg loss": losses, "mean q": largest_q}, f", eps {eps:.3f}")
     log.finish(evaluate(env, q_values, log, primary_network, args.gamma))
     if seed == args.seed:
         primary_network.save(run.folder / f"{arm}.keras")
@@ -233,17 +229,17 @@ def train_agent(arm, seed, run):
 
 def evaluate(env, q_values, log, network, gamma):
     """Play ten greedy episodes; return the final numbers of a training."""
-    rewards, errors = [], []
+    rewards, errors, largest_q = [], [], []
+
+    def policy(state):
+        q = q_values(tf.constant(state[np.newaxis]))[0].numpy()
+        largest_q.append(q.max())
+        return q.argmax()
+
     for _ in range(10):
-        largest_q = []
-
-        def policy(state, largest_q=largest_q):
-            q = q_values(tf.constant(state[np.newaxis]))[0].numpy()
-            largest_q.append(q.max())
-            return q.argmax()
-
         rewards.append(play(env, policy))
         errors.extend(overestimation(largest_q, gamma))
+        largest_q.clear()
     averages = moving_average(log.record["history"]["reward"])
     return {
         "reward": averages[-1].item(),
@@ -258,17 +254,14 @@ def evaluate(env, q_values, log, network, gamma):
 # The article's, reward by episode; and what the article is about, the Q values beside their truth.
 def plot(run):
     """Draw the reward and the mean Q value of each arm by episode."""
-    noise, gamma = run.args.random_reward_std, run.args.gamma
     figure, axes = plot_episodes(run, "reward")
-    axes.set_title(f"CartPole, each step pays N(1, {noise:g})")
+    axes.set_title(f"CartPole, each step pays N(1, {run.args.random_reward_std:g})")
     figure.savefig(run.folder / "reward.png")
     figure, axes = plot_episodes(run, "mean q")
-    if gamma < 1:
-        axes.axhline(
-            1 / (1 - gamma), color="black", linestyle="--", label="a pole that never falls"
-        )
-    axes.set_title(f"Largest Q value of the next states, each step pays N(1, {noise:g})")
-    axes.legend()
+    axes.set_title("Largest Q value of the next states")
+    if run.args.gamma < 1:
+        axes.axhline(1 / (1 - run.args.gamma), color="black", label="a pole that never falls")
+        axes.legend()
     figure.savefig(run.folder / "mean_q.png")
 
 

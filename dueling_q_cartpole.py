@@ -62,11 +62,8 @@ NUM_ACTIONS = 2
 # --- Algorithm ---
 # First what a value and an advantage are; then the network, and Double Q, which trains it.
 def show_dueling_example():
-    """Print V and A = Q - V of the article's state, for a policy that guesses and for the best one.
-
-    Three actions end the game and pay 10, 50 and 100.
-    """
-    Q = np.array([10.0, 50.0, 100.0])
+    """Print V and A = Q - V of the article's state, for a random policy and for the best one."""
+    Q = np.array([10.0, 50.0, 100.0])  # three actions end the game, and pay this
     for policy, V in {"a random policy": Q.mean(), "the best policy": Q.max()}.items():
         print(f"Q = {Q}; under {policy} V = {V:.2f}, A = {np.round(Q - V, 2)}")
 
@@ -77,22 +74,18 @@ def DQModel(hidden_size, num_actions, dueling):
     With `dueling`, Q(s, a) = V(s) + A(s, a) - mean of A(s, a') over the actions a'. The mean is
     taken off because a Q of 60 may be 50 + 10, 0 + 60 or -1000 + 1060: V alone would mean nothing.
     """
+    dense = functools.partial(keras.layers.Dense, kernel_initializer="he_normal")
     inputs = keras.Input((4,))
-    x = dense("dense1", hidden_size, "relu")(inputs)
-    x = dense("dense2", hidden_size, "relu")(x)
-    adv = dense("adv_dense", hidden_size, "relu")(x)
-    adv = dense("adv_out", num_actions)(adv)  # (batch, num_actions)
+    x = dense(hidden_size, "relu", name="dense1")(inputs)
+    x = dense(hidden_size, "relu", name="dense2")(x)
+    adv = dense(hidden_size, "relu", name="adv_dense")(x)
+    adv = dense(num_actions, name="adv_out")(adv)  # (batch, num_actions)
     if not dueling:
         return keras.Model(inputs, adv)  # plain Q values
-    v = dense("v_dense", hidden_size, "relu")(x)
-    v = dense("v_out", 1)(v)  # (batch, 1)
+    v = dense(hidden_size, "relu", name="v_dense")(x)
+    v = dense(1, name="v_out")(v)  # (batch, 1)
     norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # axis 1: each state its own mean
     return keras.Model(inputs, keras.layers.Add()([v, norm_adv]))
-
-
-def dense(name, units, activation=None):
-    """Return a layer that starts with He's normal weights, as all of the article's do."""
-    return keras.layers.Dense(units, activation, kernel_initializer="he_normal", name=name)
 
 
 class Memory:
@@ -124,8 +117,8 @@ class Memory:
 
 
 def split_rows(rows):
-    """Return the states, actions, rewards, next states and terminals of rows of a Memory."""
-    return rows[:, 0:4], tf.cast(rows[:, 4], tf.int32), rows[:, 5], rows[:, 6:10], rows[:, 10]
+    """Return the states, actions, rewards, next states and terminals of rows (n, 11)."""
+    return rows[:, 0:4], rows[:, 4], rows[:, 5], rows[:, 6:10], rows[:, 10]
 
 
 def choose_action(state, q_values, eps):
@@ -142,7 +135,7 @@ def train(batch, primary_network, target_network, optimizer, gamma):
     """
     states, actions, rewards, next_states, terminals = batch
     q_judge = target_network(next_states)  # (batch, 2)
-    taken = tf.one_hot(actions, NUM_ACTIONS)  # the action that was not taken adds no loss
+    taken = tf.one_hot(tf.cast(actions, tf.int32), NUM_ACTIONS)  # the other action adds no loss
     with tf.GradientTape() as tape:
         # States and next states in one pass of (2 batch, 2), which is quicker than two passes.
         both = primary_network(tf.concat([states, next_states], axis=0))
@@ -165,12 +158,11 @@ def update_network(primary_network, target_network, tau):
 def overestimation(largest_q, gamma):
     """Return by how much the largest Q of each state of an episode exceeds the true return.
 
-    Each step pays 1 on average, so with n steps to go the return is 1 + gamma + ... up to
-    gamma^(n - 1). Of an episode cut off at 200 steps the last 90 states are left out: their
-    returns would have gone on, and 0.95^90 is one percent.
+    Each step pays 1 on average, so with n to go the return is 1 + gamma + ... + gamma^(n - 1).
+    Of an episode cut off at 200 steps the last 90 states are left out: their returns would have
+    gone on, and 0.95^90 is one percent.
     """
-    steps_to_go = np.arange(len(largest_q), 0, -1)
-    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[steps_to_go - 1]
+    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[::-1]
     errors = np.array(largest_q) - returns
     return errors[:-90] if len(errors) == 200 else errors
 
@@ -188,10 +180,10 @@ def compile_agent(primary_network, target_network, args):
         update_network(primary_network, target_network, args.tau)
         return results
 
-    learn = tf.function(learn, jit_compile=True, autograph=False)
-    learn = learn.get_concrete_function(tf.TensorSpec((BATCH_SIZE, 11)))
-    q_values = tf.function(primary_network, jit_compile=True, autograph=False)
-    return learn, q_values.get_concrete_function(tf.TensorSpec((1, 4)))
+    compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
+    learn = compiled(learn).get_concrete_function(tf.TensorSpec((BATCH_SIZE, 11)))
+    q_values = compiled(primary_network).get_concrete_function(tf.TensorSpec((1, 4)))
+    return learn, q_values
 
 
 def train_agent(arm, seed, run):
@@ -223,8 +215,7 @@ def train_agent(arm, seed, run):
             fallen = min(max(0, steps - args.delay_training) / args.epsilon_min_iter, 1)
             eps = MAX_EPSILON - fallen * (MAX_EPSILON - MIN_EPSILON)
             ended = terminated or truncated or steps == args.max_steps
-        values = {"reward": [length], "avg loss": losses, "mean q": largest_q}
-        log.add(values, note=f", eps {eps:.3f}")
+        log.add({"reward": [length], "avg loss": losses, "mean q": largest_q}, f", eps {eps:.3f}")
     log.finish(evaluate(env, q_values, log, primary_network, args.gamma))
     if seed == args.seed:
         primary_network.save(run.folder / f"{arm}.keras")
@@ -234,17 +225,17 @@ def train_agent(arm, seed, run):
 
 def evaluate(env, q_values, log, network, gamma):
     """Play ten greedy episodes; return the final numbers of a training."""
-    rewards, errors = [], []
+    rewards, errors, largest_q = [], [], []
+
+    def policy(state):
+        q = q_values(tf.constant(state[np.newaxis]))[0].numpy()
+        largest_q.append(q.max())
+        return q.argmax()
+
     for _ in range(10):
-        largest_q = []
-
-        def policy(state, largest_q=largest_q):
-            q = q_values(tf.constant(state[np.newaxis]))[0].numpy()
-            largest_q.append(q.max())
-            return q.argmax()
-
         rewards.append(play(env, policy))
         errors.extend(overestimation(largest_q, gamma))
+        largest_q.clear()
     averages = moving_average(log.record["history"]["reward"])
     return {
         "reward": averages[-1].item(),
@@ -259,17 +250,14 @@ def evaluate(env, q_values, log, network, gamma):
 # The article's, reward by episode; and how large the Q values become, beside their truth.
 def plot(run):
     """Draw the reward and the mean Q value of each arm by episode."""
-    noise, gamma = run.args.random_reward_std, run.args.gamma
     figure, axes = plot_episodes(run, "reward")
-    axes.set_title(f"CartPole, each step pays N(1, {noise:g})")
+    axes.set_title(f"CartPole, each step pays N(1, {run.args.random_reward_std:g})")
     figure.savefig(run.folder / "reward.png")
     figure, axes = plot_episodes(run, "mean q")
-    if gamma < 1:
-        axes.axhline(
-            1 / (1 - gamma), color="black", linestyle="--", label="a pole that never falls"
-        )
-    axes.set_title(f"Largest Q value of the next states, each step pays N(1, {noise:g})")
-    axes.legend()
+    axes.set_title("Largest Q value of the next states")
+    if run.args.gamma < 1:
+        axes.axhline(1 / (1 - run.args.gamma), color="black", label="a pole that never falls")
+        axes.legend()
     figure.savefig(run.folder / "mean_q.png")
 
 

@@ -33,10 +33,8 @@ Differences from the article:
 import argparse
 import functools
 import json
-import math
 import os
 import pathlib
-import shutil
 import sys
 import time
 
@@ -65,7 +63,6 @@ TAU = 0.08
 BATCH_SIZE = 32
 LEARNING_RATE = 2.5e-4
 ADAM_EPSILON = 3e-4
-CHECKPOINT_SECONDS = 180
 EVALUATION_GAMES = 10
 
 
@@ -131,7 +128,6 @@ def DQModel(hidden_size, num_actions):
 
 # --- Algorithm ---
 # The memory holds single frames, each once; states are put together when they are drawn.
-
 SLOT = [
     ("frame", "u1", POST_PROCESS_IMAGE_SIZE),
     ("action", "u1"),
@@ -148,11 +144,8 @@ class Memory:
     def __init__(self, path, max_memory):
         size = max_memory * np.dtype(SLOT).itemsize
         if not path.exists() or path.stat().st_size != size:
-            print(f"{path} is to hold {max_memory:,} frames in {size / 1e9:.2f} GB")
-            free = shutil.disk_usage(path.parent).free
-            if size > free:
-                sys.exit(f"error: only {free / 1e9:.2f} GB are free there; lower --replay-size")
-            np.zeros(max_memory, SLOT).tofile(path)  # the whole file now, while there is room
+            print(f"{path}: {size / 1e9:.2f} GB for the {max_memory:,} frames of --replay-size")
+            path.write_bytes(bytes(size))  # all of it now: a full disk would kill the run later
         self.slots = np.memmap(path, SLOT, "r+")
         self.added = int(self.slots["number"].max())
 
@@ -275,7 +268,7 @@ class Agent:
 # --- Training ---
 # One game after the other. Once the random phase is over, each step is followed by a gradient step.
 def play_and_learn(env, agent, memory, args):
-    """Play a game and learn from it; return its values for the history, epsilon and pictures."""
+    """Play a game and learn from it; print the article's line; return its values and pictures."""
     losses, largest_q, pictures = [], [], []
     keep_pictures = (agent.episodes + 1) % args.gif_every == 0
     state, total, ended = start_game(env), 0.0, False
@@ -297,69 +290,39 @@ def play_and_learn(env, agent, memory, args):
             pictures.append(image)
         ended = terminated or truncated or agent.steps == args.max_steps
     agent.episodes += 1
-    values = {"reward": total, "avg loss": None, "mean q": None}
-    if losses:
-        values |= {"avg loss": np.mean(losses).item(), "mean q": np.mean(largest_q).item()}
-    return values, eps, pictures
-
-
-def print_game(agent, values, eps):
-    """Print the article's line of a game."""
-    line = f"episode {agent.episodes}, step {agent.steps}: {values['reward']:.0f} points"
-    if values["avg loss"] is None:
+    line = f"episode {agent.episodes}, step {agent.steps}: {total:.0f} points"
+    if not losses:
         print(f"Pre-training... {line}")
-    else:
-        print(f"{line}, avg loss {values['avg loss']:.5f}, eps {eps:.3f}")
-
-
-def write_scalars(history, episode):
-    """Write a game's values to TensorBoard; those of the random phase have no loss."""
-    for tag, values in history.items():
-        if values[episode - 1] is not None:
-            tf.summary.scalar(tag, values[episode - 1], episode)
-
-
-def open_history(agent, run):
-    """Return the arm's record up to the agent's last game, and a TensorBoard writer in step."""
-    new = {"history": {"reward": [], "avg loss": [], "mean q": []}, "final": {}, "seconds": 0.0}
-    record = run.results["arms"].setdefault("dueling", new)
-    for values in record["history"].values():
-        del values[agent.episodes :]
-    shutil.rmtree(run.folder / "dueling", ignore_errors=True)  # else some games are in it twice
-    writer = tf.summary.create_file_writer(str(run.folder / "dueling"))
-    with writer.as_default():
-        for episode in range(1, agent.episodes + 1):
-            write_scalars(record["history"], episode)
-    return record, writer
+        return {"reward": total, "avg loss": None, "mean q": None}, pictures
+    avg_loss, mean_q = np.mean(losses).item(), np.mean(largest_q).item()
+    print(f"{line}, avg loss {avg_loss:.5f}, eps {eps:.3f}")
+    return {"reward": total, "avg loss": avg_loss, "mean q": mean_q}, pictures
 
 
 def train_agent(env, agent, run):
     """Play up to --epochs games or --max-steps steps, from the last checkpoint if there is one."""
     args = run.args
     agent.restore(run.folder)
-    record, writer = open_history(agent, run)
+    new = {"history": {"reward": [], "avg loss": [], "mean q": []}, "final": {}, "seconds": 0.0}
+    record = run.results["arms"].setdefault("dueling", new)
+    for values in record["history"].values():
+        del values[agent.episodes :]  # what came after the checkpoint is played again
     env.reset(seed=args.seed + agent.episodes)  # only here: seeding loads the game anew, slowly
     memory = Memory(run.folder / "replay", args.replay_size)
-    start, saved = time.perf_counter() - record["seconds"], time.perf_counter()
-    try:
-        while agent.episodes < args.epochs and agent.steps < (args.max_steps or math.inf):
-            values, eps, pictures = play_and_learn(env, agent, memory, args)
-            print_game(agent, values, eps)
+    writer = tf.summary.create_file_writer(str(run.folder / "dueling"))
+    start = time.perf_counter() - record["seconds"]
+    while agent.episodes < args.epochs and agent.steps < (args.max_steps or np.inf):
+        values, pictures = play_and_learn(env, agent, memory, args)
+        if pictures:
+            save_gif(pictures, run.folder / f"episode_{agent.episodes}.gif")
+        with writer.as_default(step=agent.episodes):
             for tag, value in values.items():
                 record["history"][tag].append(value)
-            with writer.as_default():
-                write_scalars(record["history"], agent.episodes)
-            if pictures:
-                save_gif(pictures, run.folder / f"episode_{agent.episodes}.gif")
-            record["seconds"] = time.perf_counter() - start
-            run.write()
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                agent.save(run.folder)
-                saved = time.perf_counter()
-    except (KeyboardInterrupt, SystemError):  # C code makes the second of the first
-        agent.save(run.folder)
-        raise
-    agent.save(run.folder)
+                if value is not None:
+                    tf.summary.scalar(tag, value)
+        record["seconds"] = time.perf_counter() - start
+        run.write()
+        agent.save(run.folder)  # after results.json, which so never lacks a game of it
 
 
 def evaluate(env, agent, eps, seed, path):
@@ -396,9 +359,10 @@ def active_units(network, states):
 def finish(env, agent, run):
     """Evaluate the agent, save its network, and record the final numbers."""
     network, seed = agent.primary_network, run.args.seed
+    if run.args.max_steps:  # then no game takes longer than the training did
+        env = gymnasium.wrappers.TimeLimit(env, run.args.max_steps)
     greedy_reward, actions, states = evaluate(env, agent, 0, seed, run.folder / "best.gif")
-    epsilon_gif = run.folder / "best_epsilon.gif"
-    epsilon_reward, _, _ = evaluate(env, agent, MIN_EPSILON, seed, epsilon_gif)
+    epsilon_reward, _, _ = evaluate(env, agent, MIN_EPSILON, seed, run.folder / "best_epsilon.gif")
     record = run.results["arms"]["dueling"]
     rewards, losses = record["history"]["reward"], record["history"]["avg loss"]
     record["final"] = {
@@ -410,7 +374,8 @@ def finish(env, agent, run):
         "active_units": active_units(network, states).mean().item(),
         "epsilon_reward": epsilon_reward,
     }
-    random_games = [*(loss is not None for loss in losses), True].index(True)
+    trained = [number for number, loss in enumerate(losses) if loss is not None]
+    random_games = trained[0] if trained else len(losses)
     if random_games:
         record["final"]["random_reward"] = np.mean(rewards[:random_games]).item()
     network.save(run.folder / "dueling.keras")
@@ -429,14 +394,13 @@ def plot(run):
     """Draw the reward by game, its moving average, and the mean of the random phase."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     record = run.results["arms"]["dueling"]
-    rewards = record["history"]["reward"]
+    rewards, final = record["history"]["reward"], record["final"]
     episodes = range(1, len(rewards) + 1)
     averages = [np.mean(rewards[max(0, episode - 20) : episode]) for episode in episodes]
     axes.plot(episodes, rewards, alpha=0.3, label="a game")
     axes.plot(episodes, averages, label="mean of 20 games")
-    if "random_reward" in record["final"]:
-        mean = record["final"]["random_reward"]
-        axes.axhline(mean, color="black", linestyle="--", label="random play")
+    if "random_reward" in final:
+        axes.axhline(final["random_reward"], color="black", linestyle="--", label="random play")
     axes.set(xlabel="episode", ylabel="reward (points)", title="Space Invaders, Dueling Q")
     axes.legend()
     figure.savefig(run.folder / "reward.png")

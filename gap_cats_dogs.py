@@ -1,11 +1,10 @@
 """Compare back ends for a small cats-and-dogs network: dense layers against average pooling.
 
-Article: "An introduction to Global Average Pooling in convolutional neural networks" (Adventures
-in Machine Learning).
+Article: "An introduction to Global Average Pooling in convolutional neural networks".
 
 Dense layers behind the convolutions hold nearly all of a network's weights, and can learn its
 training images by heart. Global average pooling (GAP) has no weights: it keeps the mean of each
-feature map. Here four networks are trained that differ in what follows the convolutions.
+feature map. The four networks trained here differ in what follows the convolutions.
 
     python gap_cats_dogs.py                          # four networks, 7 epochs each; fetches 800 MB
     python gap_cats_dogs.py --epochs 2 --synthetic   # a quick look, without a download
@@ -38,8 +37,7 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
-# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, and TensorFlow Datasets with it.
-# Both work together all the same. This line can go once Colab has protobuf 6.31.
+# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
@@ -48,8 +46,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-
-layers = keras.layers
+from keras import layers
 
 SCRIPT = "gap_cats_dogs"
 MODULES = (tf, keras, np)  # results.json names their versions
@@ -70,17 +67,15 @@ def load_data(args):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
     if args.synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
-    if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
-        remedy = 'pip install "tensorflow-metadata<1.18", then restart Python'
-        sys.exit(f"error: tensorflow_datasets failed on import; if protobuf is too old: {remedy}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
         return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
     except Exception as error:  # TFDS has many types of its own
-        advice = "put kagglecatsanddogs_5340.zip into downloads/manual in TFDS's folder"
-        reason = f"{type(error).__name__}: {error}"
-        sys.exit(f"error: no cats_vs_dogs ({reason}); {advice}, or use --synthetic")
+        advice = "put kagglecatsanddogs_5340.zip into TFDS's downloads/manual, or use --synthetic"
+        if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
+            advice = 'if protobuf is old, pip install "tensorflow-metadata<1.18" and restart Python'
+        sys.exit(f"error: no cats_vs_dogs ({type(error).__name__}: {error}); {advice}")
 
 
 def synthetic_photographs(count):
@@ -96,11 +91,10 @@ def synthetic_photographs(count):
 
 
 def plot_samples(run, cat_train):
-    """Draw two of the images, in their own sizes."""
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    """Draw two of the images; the axes show that each has a size of its own."""
+    figure, axes = plt.subplots(1, 2)
     for axis, (image, _) in zip(axes, cat_train.take(2)):
         axis.imshow(image)
-        axis.set(title=f"{image.shape[1]} x {image.shape[0]} pixels")
     figure.savefig(run.folder / "samples.png")
 
 
@@ -111,12 +105,10 @@ def pre_process_image(image, label):
 
 
 def make_datasets(sets, batch_size, window, seed):
-    """Return the endless training set, and the validation and test sets, in batches."""
+    """Return the endless training set, and the others in batches of 240: 1,000 take gigabytes."""
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
-    cat_valid = cat_valid.batch(240)  # 1,000 at once would take gigabytes
-    cat_test = cat_test.batch(240)
-    return [dataset.prefetch(tf.data.AUTOTUNE) for dataset in (cat_train, cat_valid, cat_test)]
+    return cat_train.prefetch(tf.data.AUTOTUNE), cat_valid.batch(240), cat_test.batch(240)
 
 
 # --- Model ---
@@ -142,43 +134,30 @@ def build_head():
     return head
 
 
-def build_standard_classifier(dropout):
-    """Return the dense back end; with dropout it is the article's standard_classifier_with_do."""
-    standard_classifier = keras.Sequential()
-    standard_classifier.add(layers.Flatten())  # (6400,)
-    standard_classifier.add(layers.BatchNormalization())
-    standard_classifier.add(layers.Dense(100))
-    standard_classifier.add(layers.Activation("relu"))
-    if dropout:
-        standard_classifier.add(layers.Dropout(0.5))
-    standard_classifier.add(layers.BatchNormalization())
-    standard_classifier.add(layers.Dense(100))
-    standard_classifier.add(layers.Activation("relu"))
-    standard_classifier.add(layers.Dense(1))
-    standard_classifier.add(layers.Activation("sigmoid"))
-    return standard_classifier
-
-
-def build_average_pool(whole_maps):
-    """Return the pooling back end, over whole maps or, as the article has it, over 2x2 pixels."""
-    average_pool = keras.Sequential()
-    if whole_maps:
-        average_pool.add(layers.GlobalAveragePooling2D())  # (64,)
-    else:
-        average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
-        average_pool.add(layers.Flatten())  # (1600,)
-    average_pool.add(layers.Dense(1, activation="sigmoid"))
-    return average_pool
-
-
 def build_model(arm):
     """Return the compiled network of an arm: from pixels to the probability of a dog."""
     head = build_head()  # made first, so that one seed gives all arms the same head
     if arm in ("fc", "fc_dropout"):
-        standard_classifier = build_standard_classifier(dropout=arm == "fc_dropout")
+        standard_classifier = keras.Sequential()
+        standard_classifier.add(layers.Flatten())  # (6400,)
+        standard_classifier.add(layers.BatchNormalization())
+        standard_classifier.add(layers.Dense(100))
+        standard_classifier.add(layers.Activation("relu"))
+        if arm == "fc_dropout":  # the article's standard_classifier_with_do
+            standard_classifier.add(layers.Dropout(0.5))
+        standard_classifier.add(layers.BatchNormalization())
+        standard_classifier.add(layers.Dense(100))
+        standard_classifier.add(layers.Activation("relu"))
+        standard_classifier.add(layers.Dense(1, activation="sigmoid"))
         model = keras.Sequential([head, standard_classifier])  # the article's standard_model
     else:
-        average_pool = build_average_pool(whole_maps=arm == "gap")
+        average_pool = keras.Sequential()
+        if arm == "gap":
+            average_pool.add(layers.GlobalAveragePooling2D())  # (64,)
+        else:
+            average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
+            average_pool.add(layers.Flatten())  # (1600,)
+        average_pool.add(layers.Dense(1, activation="sigmoid"))
         model = keras.Sequential([head, average_pool])  # the article's pool_model
     model.compile(keras.optimizers.Adam(), "binary_crossentropy", metrics=["accuracy"])
     return model
@@ -188,12 +167,12 @@ def build_model(arm):
 # As in the article, an epoch has as many batches as all three sets would fill: 1.25 passes.
 def train(arm, run, sets):
     """Train an arm, from the last epoch that it finished, and record its final numbers."""
-    args, path = run.args, run.folder / f"{arm}.keras"
+    args, saver = run.args, SaveEpochs(run, arm)
     keras.utils.set_random_seed(args.seed)
     window = 1000 if args.no_cache else len(sets[0])  # images in memory cost nothing to shuffle
     cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, window, args.seed)
     steps = args.steps_per_epoch or max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
-    model = keras.models.load_model(path) if path.exists() else build_model(arm)
+    model = keras.models.load_model(saver.path) if saver.path.exists() else build_model(arm)
     print(f"{arm}: {model.layers[-1].count_params():,} parameters behind the head")
     model.fit(
         cat_train,
@@ -203,12 +182,11 @@ def train(arm, run, sets):
         validation_data=cat_valid,
         shuffle=False,  # the dataset does it
         verbose=VERBOSE,
-        callbacks=[keras.callbacks.TensorBoard(run.folder / arm), SaveEpochs(run, arm)],
+        callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver],
     )
-    record = run.results["arms"][arm]
-    final = {metric: values[-1] for metric, values in record["history"].items()}
+    final = {metric: values[-1] for metric, values in saver.record["history"].items()}
     final["test_accuracy"] = model.evaluate(cat_test, verbose=VERBOSE)[1]
-    record["final"] = final | {"parameters": model.count_params()}
+    saver.record["final"] = final | {"parameters": model.count_params()}
 
 
 # --- Figures ---
@@ -217,17 +195,14 @@ def plot(run):
     """Draw accuracy and loss by epoch, the networks side by side."""
     arms = run.results["arms"]
     for metric in ("accuracy", "loss"):
-        figure, axes = plt.subplots(
-            1, len(arms), figsize=(11, 4), sharey=True, squeeze=False, layout="constrained"
-        )
-        figure.suptitle(run.results["data"])
+        figure, axes = plt.subplots(1, len(arms), sharey=True, squeeze=False, figsize=(11, 5))
+        figure.suptitle(f"{run.results['data']}: {metric}")
         for axis, (arm, record) in zip(axes[0], arms.items()):
-            values, val_values = record["history"][metric], record["history"][f"val_{metric}"]
-            axis.plot(range(1, len(values) + 1), values, "red", label="training")
-            axis.plot(range(1, len(values) + 1), val_values, "blue", label="validation")
-            axis.set(title=arm, xlabel="epoch", ylabel=metric)
-            axis.label_outer()
-        axes[0, 0].legend()
+            epochs = range(1, len(record["history"][metric]) + 1)
+            axis.plot(epochs, record["history"][metric], "red", label="training")
+            axis.plot(epochs, record["history"][f"val_{metric}"], "blue", label="validation")
+            axis.set(title=arm, xlabel="epoch")
+        axis.legend()
         figure.savefig(run.folder / f"{metric}.png")
 
 

@@ -16,11 +16,11 @@ Differences from the article:
 1. Images are divided by 255 once, and get their channel once.
 2. Images are shuffled before they are batched; `batch().shuffle()` keeps the same 64 together.
 3. The loop says `training=True`; without it batch normalisation never learns its averages.
-4. The loop's step is compiled, an epoch has 156 steps, not 158, and goes on in the data where the
+4. The loop's step is compiled. An epoch has 156 steps, not 158, and goes on in the data where the
    last one ended, as in `fit`. Each summary is of ten batches; the article's first is of one.
 5. Validation counts each test image once; the article's five batches of 5,000 repeat some.
 6. `MetricLayer` owns its metric: `add_metric` and `reset_states` are gone from Keras 3.
-7. `fit` trains a fresh network; the article's text goes on with the one that the loop has trained.
+7. `fit` trains a fresh network, not the one that the loop has trained.
 8. The mean is written before it is reset: in the article's order TensorBoard would show 0.
 """
 
@@ -32,7 +32,6 @@ Differences from the article:
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -79,8 +78,7 @@ def load_data(synthetic):
     try:
         return keras.datasets.mnist.load_data()
     except Exception as error:  # Keras raises a plain Exception where a download fails
-        advice = "put mnist.npz into ~/.keras/datasets, or use --synthetic"
-        sys.exit(f"error: no MNIST ({type(error).__name__}: {error}); {advice}")
+        sys.exit(f"error: {error!r}; put mnist.npz into ~/.keras/datasets, or use --synthetic")
 
 
 def synthetic_data(count, seed):
@@ -95,9 +93,8 @@ def synthetic_data(count, seed):
 def make_datasets(train_data, test_data, batch_size, seed):
     """Return the endless training set and the validation set: images (batch, 28, 28, 1), labels."""
 
-    # The article divides by 255 twice. Its validation accuracy of 0.0982 comes out where the moving
-    # averages of batch normalisation stay at 0 and 1 as well: such small pixels vanish, and each
-    # image gets the same answer. 982 of the 10,000 are fours. (Seen: 0.0982, 0.0893, 0.0982.)
+    # The article divides by 255 twice. Where batch normalisation keeps averages of 0 and 1 as well,
+    # the pixels vanish: each image gets the same answer, and 0.0982 of the test images are fours.
     def prepare(images, labels):
         return tf.expand_dims(tf.cast(images, tf.float32) / 255.0, -1), labels
 
@@ -140,9 +137,15 @@ class MetricLayer(keras.layers.Layer):
 
 # --- Training ---
 # First the custom loop, on one device; then fit, which updates and writes its metrics by itself.
-def make_train_step(model, optimizer, losses, accuracies):
-    """Return a compiled step of training on (images, labels), which updates these metrics."""
+def train(run, train_dataset, valid_dataset, num_batches):
+    """Train in the custom loop; every --log-freq batches, write their averages as summaries."""
+    model = build_model()
+    optimizer = keras.optimizers.Adam()
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    avg_loss = keras.metrics.Mean()  # of the batches since the last summary
+    avg_acc = keras.metrics.SparseCategoricalAccuracy()
+    epoch_loss = keras.metrics.Mean()  # of the epoch's batches
+    epoch_acc = keras.metrics.SparseCategoricalAccuracy()
 
     @tf.function
     def train_step(images, labels):
@@ -151,34 +154,25 @@ def make_train_step(model, optimizer, losses, accuracies):
             loss_value = loss_fn(labels, logits)
         gradients = tape.gradient(loss_value, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables))
-        for metric in losses:
-            metric.update_state(loss_value)
-        for metric in accuracies:
-            metric.update_state(labels, logits)
+        avg_loss.update_state(loss_value)
+        avg_acc.update_state(labels, logits)
+        epoch_loss.update_state(loss_value)
+        epoch_acc.update_state(labels, logits)
 
-    return train_step
-
-
-def train(run, train_dataset, valid_dataset, num_batches):
-    """Train in the custom loop; return the summaries, (step, average loss, average accuracy)."""
-    model, optimizer = build_model(), keras.optimizers.Adam()
-    avg_loss = keras.metrics.Mean()  # of the batches since the last summary
-    avg_acc = keras.metrics.SparseCategoricalAccuracy()
-    epoch_loss = keras.metrics.Mean()  # of the epoch's batches
-    epoch_acc = keras.metrics.SparseCategoricalAccuracy()
-    train_step = make_train_step(model, optimizer, [avg_loss, epoch_loss], [avg_acc, epoch_acc])
-    batches, summaries, start = iter(train_dataset), [], time.perf_counter()
+    writer = tf.summary.create_file_writer(str(run.folder / "loop"))
+    start = time.perf_counter()
+    batches = iter(train_dataset)
     for epoch in range(run.args.epochs):
         print(f"Epoch {epoch + 1} of {run.args.epochs}")
-        for images, labels in itertools.islice(batches, num_batches):
-            train_step(images, labels)
+        for _ in range(num_batches):
+            train_step(*next(batches))
             step = int(optimizer.iterations)
             if step % run.args.log_freq == 0:
-                loss, accuracy = float(avg_loss.result()), float(avg_acc.result())
+                loss, accuracy = avg_loss.result(), avg_acc.result()
                 print(f"Batch {step}, average loss {loss:.4f}, average accuracy {accuracy:.4f}")
-                tf.summary.scalar("loss", loss, step)
-                tf.summary.scalar("acc", accuracy, step)
-                summaries.append((step, loss, accuracy))
+                with writer.as_default(step):
+                    tf.summary.scalar("loss", loss)
+                    tf.summary.scalar("acc", accuracy)
                 avg_loss.reset_state()
                 avg_acc.reset_state()
         logs = {"loss": epoch_loss.result(), ACCURACY: epoch_acc.result()}
@@ -191,7 +185,6 @@ def train(run, train_dataset, valid_dataset, num_batches):
     final = {"test_accuracy": float(test_acc.result()), "parameters": model.count_params()}
     run.results["arms"]["loop"]["final"] |= final
     model.save(run.folder / "loop.keras")
-    return summaries
 
 
 def train_with_fit(run, train_dataset, valid_dataset, num_batches):
@@ -204,6 +197,11 @@ def train_with_fit(run, train_dataset, valid_dataset, num_batches):
         loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         metric_model.compile(optimizer=keras.optimizers.Adam(), loss=loss_fn, metrics=[ACCURACY])
     start = time.perf_counter()
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: record_epoch(run, "fit", logs, start)
+    )
+    # No graph, as Keras cannot describe a layer that holds another one.
+    board = keras.callbacks.TensorBoard(run.folder / "fit", update_freq="batch", write_graph=False)
     metric_model.fit(
         train_dataset,
         epochs=run.args.fit_epochs,
@@ -211,13 +209,7 @@ def train_with_fit(run, train_dataset, valid_dataset, num_batches):
         validation_data=valid_dataset,
         shuffle=False,  # the dataset does it
         verbose=1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2,
-        callbacks=[
-            # No graph, as Keras cannot describe a layer that holds another one.
-            keras.callbacks.TensorBoard(run.folder / "fit", update_freq="batch", write_graph=False),
-            keras.callbacks.LambdaCallback(
-                on_epoch_end=lambda epoch, logs: record_epoch(run, "fit", logs, start)
-            ),
-        ],
+        callbacks=[board, record],
     )
     run.results["arms"]["fit"]["final"]["parameters"] = model.count_params()
     model.save(run.folder / "fit.keras")
@@ -225,34 +217,27 @@ def train_with_fit(run, train_dataset, valid_dataset, num_batches):
 
 def record_epoch(run, arm, logs, start):
     """Add an epoch's metrics to results.json; the arm's training began at the time `start`."""
-    new = {"history": {}, "final": {}, "seconds": 0.0}
-    record = run.results["arms"].setdefault(arm, new)
-    record["seconds"] = time.perf_counter() - start
+    record = run.results["arms"].setdefault(arm, {"history": {}, "final": {}})
     for metric, value in logs.items():
         record["history"].setdefault(metric, []).append(float(value))
         record["final"][metric] = float(value)
+    record["seconds"] = time.perf_counter() - start
     run.write()
 
 
 # --- Figures ---
-# What TensorBoard shows: the loop's two averages by batch, and two metrics of fit by epoch.
-def plot(run, summaries):
-    """Draw the loop's `summaries`, and accuracy and deviation of the kernel from `fit`."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    steps, losses, accuracies = np.reshape(summaries, (-1, 3)).T
-    for axes, values, tag in zip(panels, (losses, accuracies), ("loss", "acc")):
-        axes.plot(steps, values)
-        axes.set(xlabel="batch", ylabel=tag, title=f"custom loop on {run.results['data']}")
-    figure.savefig(run.folder / "loop.png")
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    history = run.results["arms"]["fit"]["history"]
-    for axes, metric in zip(panels, (ACCURACY, KERNEL_STD)):
-        for name, label in {metric: "training", f"val_{metric}": "validation"}.items():
-            axes.plot(range(1, len(history[name]) + 1), history[name], "o-", label=label)
-        axes.set(xlabel="epoch", ylabel=metric, title=f"fit on {run.results['data']}")
-        axes.legend()
-    figure.savefig(run.folder / "fit.png")
+# Each arm has a figure, by epoch. The summaries by batch are TensorBoard's.
+def plot(run):
+    """Draw two metrics of each arm; those of `fit` in training and in validation."""
+    for arm, other in {"loop": "loss", "fit": KERNEL_STD}.items():
+        figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+        for axes, metric in zip(panels, (ACCURACY, other)):
+            for name, values in run.results["arms"][arm]["history"].items():
+                if name.endswith(metric):  # in validation its name begins with val_
+                    axes.plot(range(1, len(values) + 1), values, "o-", label=name)
+            axes.set(title=f"{arm} on {run.results['data']}", xlabel="epoch")
+            axes.legend()
+        figure.savefig(run.folder / f"{arm}.png")
 
 
 # --- Command line ---
@@ -269,15 +254,12 @@ def main(argv=None):
     num_batches = args.steps_per_epoch or max(1, 10000 // args.batch_size)
     with Run(args, "synthetic" if args.synthetic else "MNIST") as run:
         show_mean_metric(run.folder)
-        train_data, test_data = load_data(args.synthetic)
-        keras.utils.set_random_seed(args.seed)
-        datasets = make_datasets(train_data, test_data, args.batch_size, args.seed)
-        with tf.summary.create_file_writer(str(run.folder / "loop")).as_default():
-            summaries = train(run, *datasets, num_batches)
-        keras.utils.set_random_seed(args.seed)
-        datasets = make_datasets(train_data, test_data, args.batch_size, args.seed)
-        train_with_fit(run, *datasets, num_batches)
-        plot(run, summaries)
+        data = load_data(args.synthetic)
+        for train_arm in (train, train_with_fit):
+            keras.utils.set_random_seed(args.seed)
+            datasets = make_datasets(*data, args.batch_size, args.seed)
+            train_arm(run, *datasets, num_batches)
+        plot(run)
         return run.report()
 
 

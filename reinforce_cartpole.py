@@ -2,9 +2,8 @@
 
 Article: "Policy Gradient Reinforcement Learning in TensorFlow 2" (Adventures in Machine Learning).
 
-Nothing is learned about values here. A network turns a state into the probabilities of the
-actions. After each episode, the actions that were followed by much reward are made likelier, and
-those that were followed by little are made less likely.
+Nothing is learned about values here: a network turns a state into the probabilities of actions.
+After each episode, actions that led to much reward become likelier, and the others less likely.
 
     python reinforce_cartpole.py
     python reinforce_cartpole.py --runs 5    # five seeds, which differ widely on their way
@@ -16,8 +15,7 @@ Differences from the article:
 1. The gradient is right. The article hands the returns to Keras as targets and drops the actions,
    which today's Keras refuses. The usual repair is wrong without a sign of it: see update_network.
 2. Returns that are all equal become zeros. The article divides them by zero.
-3. Episodes are padded to 200 steps, so that one compiled update fits them all. The policy is
-   compiled too: it answers twenty times as fast.
+3. Policy and update are compiled. Episodes are padded to 200 steps, so that one update fits all.
 4. Training ends after 1,500 episodes, and ten greedy episodes follow.
 As in the article, an episode that reaches 200 steps ends as if the pole had fallen.
 """
@@ -50,7 +48,6 @@ SCRIPT = "reinforce_cartpole"
 MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
 ARTICLE = {"reinforce": {"reward": 200}}
 MAX_LENGTH = 200
-NUM_ACTIONS = 2
 
 
 # --- Model ---
@@ -60,13 +57,13 @@ def build_model():
     inputs = keras.Input((4,))
     x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(inputs)
     x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(x)
-    return keras.Model(inputs, keras.layers.Dense(NUM_ACTIONS, activation="softmax")(x))
+    return keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
 
 
 def get_action(policy, state):
     """Draw an action for a state (4,) with the probabilities of the policy."""
     softmax_out = policy(tf.constant(state[np.newaxis])).numpy()[0]
-    # The article's np.random.choice(NUM_ACTIONS, p=softmax_out) draws the same in twice the time.
+    # The article's np.random.choice(2, p=softmax_out) draws the same in twice the time.
     return int(np.argmax(np.cumsum(softmax_out) > np.random.random()))
 
 
@@ -74,11 +71,10 @@ def get_action(policy, state):
 # What an action is worth is all that came after it; the update makes good actions likelier.
 def discounted_returns(rewards, gamma):
     """Return G_t = r_t + gamma r_(t+1) + gamma^2 r_(t+2) + ... for each step (length,)."""
-    reward_sum, returns = 0.0, []
-    for reward in reversed(rewards):
-        reward_sum = reward + gamma * reward_sum
-        returns.append(reward_sum)
-    return np.array(returns[::-1])
+    returns = np.array(rewards, "float64")
+    for t in reversed(range(len(rewards) - 1)):
+        returns[t] += gamma * returns[t + 1]
+    return returns
 
 
 def standardise(returns):
@@ -105,16 +101,15 @@ def update_network(network, optimizer, states, actions, returns, length):
         grad J = E[sum_t G_t grad log p(a_t | s_t)], as no action earns what came before it
 
     The trap: cross-entropy is -sum(target log p), so `target = return * one_hot(action)` looks
-    right. The loss is right, but the gradient is not. Keras computes softmax and cross-entropy in
+    right. Its loss is right, but its gradient is not: Keras computes softmax and cross-entropy in
     one step, whose gradient `p - target` holds only for targets that sum to one. With p = 1/2,
     actions 0, 0, 1, 0, 1 and returns 3, 1, 0, -1, -2 the output's bias should get (-0.5, 0.5), and
     gets (-0.1, 0.9). Such an agent (seed 0) ends at 18 steps after 600 episodes; this one at 182.
-    So the target is the action alone, and the return multiplies the cross-entropy from outside.
     """
     with tf.GradientTape() as tape:
-        # "Sparse" takes the number of the action for its one-hot vector: (200,), -log p(a_t | s_t)
+        # The target is the action alone, given by its number ("sparse"): (200,), -log p(a_t | s_t)
         cross_entropy = keras.losses.sparse_categorical_crossentropy(actions, network(states))
-        loss = tf.reduce_sum(returns * cross_entropy) / length  # the padding has no returns
+        loss = tf.reduce_sum(returns * cross_entropy) / length  # in the padding returns are 0
     optimizer.apply(tape.gradient(loss, network.trainable_variables))
     return loss
 
@@ -145,11 +140,11 @@ def train_agent(seed, run):
         states, actions, rewards, ended = [], [], [], False
         while not ended:
             action = get_action(policy, state)
-            new_state, reward, terminated, truncated, _ = env.step(action)
             states.append(state)
             actions.append(action)
+            state, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
-            state, steps = new_state, steps + 1
+            steps += 1
             ended = terminated or truncated or steps == args.max_steps
         returns = standardise(discounted_returns(rewards, args.gamma))
         loss = update(*pad_episode(states, actions, returns))

@@ -31,7 +31,9 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
@@ -197,9 +199,9 @@ def make_strategy(run):
     if "TF_CONFIG" not in os.environ:
         return tf.distribute.get_strategy()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    if not strategy.extended.should_checkpoint:  # the files of the first machine count
-        run.folder = run.folder / f"worker_{strategy.cluster_resolver.task_id}"
-        run.folder.mkdir(exist_ok=True)
+    if not strategy.extended.should_checkpoint:  # only the first machine keeps its files
+        transfer = shutil.copytree if run.args.resume else shutil.move
+        run.folder = transfer(run.folder, pathlib.Path(tempfile.mkdtemp(), "run"))
     return strategy
 
 

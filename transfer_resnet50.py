@@ -38,8 +38,7 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
-# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, and TensorFlow Datasets with it.
-# Both work together all the same. This line can go once Colab has protobuf 6.31.
+# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
@@ -48,9 +47,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-
-layers = keras.layers
-resnet50 = keras.applications.resnet50
+from keras import layers
+from keras.applications import resnet50
 
 SCRIPT = "transfer_resnet50"
 MODULES = (tf, keras, np)  # results.json names their versions
@@ -69,17 +67,15 @@ def load_data(args):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
     if args.synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
-    if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
-        remedy = 'pip install "tensorflow-metadata<1.18", then restart Python'
-        sys.exit(f"error: tensorflow_datasets failed on import; if protobuf is too old: {remedy}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
         return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
     except Exception as error:  # TFDS has many types of its own
-        advice = "put kagglecatsanddogs_5340.zip into downloads/manual in TFDS's folder"
-        reason = f"{type(error).__name__}: {error}"
-        sys.exit(f"error: no cats_vs_dogs ({reason}); {advice}, or use --synthetic")
+        advice = "put kagglecatsanddogs_5340.zip into TFDS's downloads/manual, or use --synthetic"
+        if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
+            advice = 'if protobuf is old, pip install "tensorflow-metadata<1.18" and restart Python'
+        sys.exit(f"error: no cats_vs_dogs ({type(error).__name__}: {error}); {advice}")
 
 
 def synthetic_photographs(count):
@@ -95,11 +91,10 @@ def synthetic_photographs(count):
 
 
 def plot_samples(run, cat_train):
-    """Draw two of the images, in their own sizes."""
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    """Draw two of the images; the axes show that each has a size of its own."""
+    figure, axes = plt.subplots(1, 2)
     for axis, (image, _) in zip(axes, cat_train.take(2)):
         axis.imshow(image)
-        axis.set(title=f"{image.shape[1]} x {image.shape[0]} pixels")
     figure.savefig(run.folder / "samples.png")
 
 
@@ -110,12 +105,10 @@ def pre_process_image(image, label):
 
 
 def make_datasets(sets, batch_size, window, seed):
-    """Return the endless training set, and the validation and test sets, in batches."""
+    """Return the endless training set, and the others in batches of 240: 1,000 take gigabytes."""
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
-    cat_valid = cat_valid.batch(240)  # 1,000 at once would take gigabytes
-    cat_test = cat_test.batch(240)
-    return [dataset.prefetch(tf.data.AUTOTUNE) for dataset in (cat_train, cat_valid, cat_test)]
+    return cat_train.prefetch(tf.data.AUTOTUNE), cat_valid.batch(240), cat_test.batch(240)
 
 
 # --- Model ---
@@ -174,15 +167,11 @@ def build_tl_model(res_net):
 
 # --- Training ---
 # As in the article, an epoch has as many batches as all three sets would fill: 1.25 passes.
-def compute_features(res_net, sets):
-    """Return the sets with features (2048,), which the last layer gets, in the images' place."""
-    extractor = keras.Sequential([res_net, layers.GlobalAveragePooling2D()])
-    feature_sets = []
-    for dataset in sets:
-        features = extractor.predict(dataset.batch(64), verbose=VERBOSE)
-        labels = [label for _, label in dataset.as_numpy_iterator()]
-        feature_sets.append(tf.data.Dataset.from_tensor_slices((features, labels)))
-    return feature_sets
+def compute_features(extractor, dataset):
+    """Return the dataset with features (2048,), which the last layer gets, in the images' place."""
+    features = extractor.predict(dataset.batch(64), verbose=VERBOSE)
+    labels = [label for _, label in dataset.as_numpy_iterator()]
+    return tf.data.Dataset.from_tensor_slices((features, labels))
 
 
 def train(arm, run, sets, res_net):
@@ -191,30 +180,29 @@ def train(arm, run, sets, res_net):
     keras.utils.set_random_seed(run.args.seed)
     model = build_standard_model() if arm == "cnn" else build_tl_model(res_net)
     model.summary()
-    network, events = model, run.folder / arm
-    if events.exists():  # TensorBoard counts batches from 0 again, and its curves would fold back
-        events = events / time.strftime("resumed-%Y%m%d-%H%M%S")
+    network = model
     cached = arm == "resnet50" and not run.args.no_cache_features
     if cached:
+        extractor = keras.Sequential(model.layers[:-1])
+        sets = [compute_features(extractor, dataset) for dataset in sets]
         network = keras.Sequential([keras.Input((2048,)), model.layers[-1]])  # the output layer
-        sets = compute_features(res_net, sets)
         saver.path = run.folder / arm / "head.keras"  # what training goes on from
     if saver.path.exists():
         network = keras.models.load_model(saver.path)
     else:
         network.compile(keras.optimizers.Adam(), "binary_crossentropy", metrics=["accuracy"])
-    test_accuracy = fit(network, saver, sets, events)
+    fit(arm, network, saver, sets)
+    saver.record["final"]["parameters"] = model.count_params()
     if cached:
         model.layers[-1].set_weights(network.get_weights())
         model.save(run.folder / f"{arm}.keras")
-    final = {metric: values[-1] for metric, values in saver.record["history"].items()}
-    final |= {"test_accuracy": test_accuracy, "parameters": model.count_params()}
-    saver.record["final"] = final
 
 
-def fit(network, saver, sets, events):
-    """Train a network up to --epochs, with TensorBoard's events; return its accuracy in test."""
-    args = saver.run.args
+def fit(arm, network, saver, sets):
+    """Train a network up to --epochs, then record its final numbers."""
+    args, events = saver.run.args, saver.run.folder / arm
+    if events.exists():  # TensorBoard counts batches from 0 again, and its curves would fold back
+        events = events / time.strftime("resumed-%Y%m%d-%H%M%S")
     cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, len(sets[0]), args.seed)
     steps = args.steps_per_epoch or max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
     network.fit(
@@ -227,7 +215,9 @@ def fit(network, saver, sets, events):
         verbose=VERBOSE,
         callbacks=[keras.callbacks.TensorBoard(events, update_freq="batch"), saver],
     )
-    return network.evaluate(cat_test, verbose=VERBOSE)[1]
+    final = {metric: values[-1] for metric, values in saver.record["history"].items()}
+    final["test_accuracy"] = network.evaluate(cat_test, verbose=VERBOSE)[1]
+    saver.record["final"] = final
 
 
 # --- Figures ---
@@ -235,12 +225,11 @@ def fit(network, saver, sets, events):
 def plot(run):
     """Draw the accuracy of both networks by epoch."""
     for metric, name in {"accuracy": "training", "val_accuracy": "validation"}.items():
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axes = plt.subplots()
         for arm, record in run.results["arms"].items():
             values = record["history"][metric]
             axes.plot(range(1, len(values) + 1), values, label=arm)
-        axes.set(title=f"{run.results['data']}, ResNet50's weights: {run.args.weights}")
-        axes.set(xlabel="epoch", ylabel=f"{name} accuracy")
+        axes.set(title=run.results["data"], xlabel="epoch", ylabel=f"{name} accuracy")
         axes.legend()
         figure.savefig(run.folder / f"{name}_accuracy.png")
 

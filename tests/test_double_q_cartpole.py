@@ -58,7 +58,8 @@ def test_difference_5_the_compiled_agent_trains_and_follows(arm):
     networks, copies = list(new_networks()), list(new_networks())
     if arm == "dqn":
         networks[1] = copies[1] = None
-    oracles.check_compiled_agent(script, networks, copies, [arm], [arm == "double"])
+    double_q = [arm == "double"]
+    oracles.check_compiled_agent(script, networks, copies, double_q, double_q)
 
 
 def test_network_is_the_articles():

@@ -80,7 +80,7 @@ def test_difference_2_the_sampled_gradients_error_falls_as_one_over_the_root():
 
 def test_the_update_equals_that_of_reinforce():
     keras.utils.set_random_seed(4)
-    network, env = script.build_cartpole_model(), script.make_cartpole()
+    network, env = script.build_cartpole_model(), script.make_env("CartPole-v1")
     assert network.count_params() == reinforce_cartpole.build_model().count_params()
     env.reset(seed=4)
     policy = script.compile_policy(network)
@@ -172,7 +172,7 @@ def bat(frame):
 
 @pytest.mark.parametrize(("action", "sign"), [(0, -1), (1, 1)], ids=["up", "down"])
 def test_actions_move_the_bat_up_and_down(action, sign):
-    env = script.make_pong()
+    env = script.make_env("ALE/Pong-v5")
     env.reset(seed=1)
     for _ in range(40):
         frame, *_ = env.unwrapped.step(0)
@@ -183,7 +183,7 @@ def test_actions_move_the_bat_up_and_down(action, sign):
 
 
 def test_states_of_pong_are_differences_of_courts():
-    env = script.make_pong()
+    env = script.make_env("ALE/Pong-v5")
     state, _ = env.reset(seed=0)
     assert (state.shape, state.dtype, state.any()) == ((6400,), np.float32, False)
     frame = env.render()

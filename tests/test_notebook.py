@@ -87,20 +87,23 @@ class Kernel:
         self.manager.shutdown_kernel(now=True)
 
 
-@pytest.fixture
-def start_kernel(tmp_path):
-    """Return a function that starts a kernel, in a folder of its own."""
-    kernels = []
+class Notebook:
+    """One kernel for all scripts, as a learner may have it; a new one where it was lost."""
 
-    def start_kernel():
-        folder = tmp_path / str(len(kernels))
-        folder.mkdir()
-        kernels.append(Kernel(folder))
-        return kernels[-1]
+    def __init__(self, tmp_path_factory):
+        self.new_folder = lambda: tmp_path_factory.mktemp("notebook")
+        self.kernel = Kernel(self.new_folder())
 
-    yield start_kernel
-    for kernel in kernels:
-        kernel.stop()
+    def replace_kernel(self):
+        self.kernel.stop()
+        self.kernel = Kernel(self.new_folder())
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    notebook = Notebook(tmp_path_factory)
+    yield notebook
+    notebook.kernel.stop()
 
 
 def paste_and_interrupt(kernel, script):
@@ -112,13 +115,13 @@ def paste_and_interrupt(kernel, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_paste_interrupt_and_run_again(start_kernel, script):
-    kernel = start_kernel()
+def test_paste_interrupt_and_run_again(notebook, script):
     try:
-        printed, errors, _ = paste_and_interrupt(kernel, script)
+        printed, errors, _ = paste_and_interrupt(notebook.kernel, script)
     except KernelDiedError:  # a second time it would be ours
-        kernel = start_kernel()
-        printed, errors, _ = paste_and_interrupt(kernel, script)
+        notebook.replace_kernel()
+        printed, errors, _ = paste_and_interrupt(notebook.kernel, script)
+    kernel = notebook.kernel
     assert CASES[script].started in printed
     assert errors == ["SystemExit: 130"]
     assert "interrupted; what was finished is in " in printed
@@ -141,16 +144,18 @@ def test_paste_interrupt_and_run_again(start_kernel, script):
     assert "error: unrecognized arguments: --epohcs 1" in printed
 
 
-def test_percent_run_keeps_its_flags(start_kernel):
+def test_percent_run_keeps_its_flags(notebook):
     flags = " ".join(CASES["double_q_cartpole"].tiny)
-    printed, errors, _ = start_kernel().run(f"%run {helpers.ROOT / 'double_q_cartpole.py'} {flags}")
+    path = helpers.ROOT / "double_q_cartpole.py"
+    printed, errors, _ = notebook.kernel.run(f"%run {path} {flags}")
     assert errors == []
     assert 'tensorboard --logdir "' in printed
 
 
-def test_a_kernel_that_sets_file(start_kernel):
+def test_a_kernel_that_sets_file(notebook):
     """As VS Code's interactive window does: the command line is the kernel's all the same."""
-    source, kernel = helpers.source("double_q_cartpole"), start_kernel()
+    source, kernel = helpers.source("double_q_cartpole"), notebook.kernel
     kernel.run("__file__ = 'somewhere/double_q_cartpole.py'")
     printed, errors, _ = kernel.run(source, interrupt_at=CASES["double_q_cartpole"].started)
     assert errors == ["SystemExit: 130"], printed
+    kernel.run("del __file__")

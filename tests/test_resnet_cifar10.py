@@ -183,14 +183,6 @@ def test_two_workers_train_one_model_and_go_on_after_a_kill(tmp_path):
     oracles.assert_same(one.values(), other.values())
 
 
-@pytest.mark.parametrize("config", ["not json", '{"cluster": 3}'])
-def test_malformed_tf_config(config, monkeypatch, capsys):
-    monkeypatch.setenv("TF_CONFIG", config)
-    code, line = helpers.exit_of(lambda: script.main(["--synthetic", "--epochs", "1"]), capsys)
-    assert code == 2
-    assert line.startswith("error: TF_CONFIG")
-
-
 def test_missing_data_names_the_file_that_this_keras_looks_for(tmp_path):
     code = "import resnet_cifar10 as script; script.load_data(synthetic=False)"
     names = {"{}": "cifar-10-batches-py.tar.gz", None: "cifar-10-batches-py-target_archive"}

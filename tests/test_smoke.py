@@ -6,11 +6,12 @@ import helpers
 import pytest
 from helpers import CASES, SCRIPTS
 
-LOAD_MODEL = """
+LOAD_MODELS = """
 import sys, keras, numpy as np
-model = keras.models.load_model(sys.argv[1])
-assert np.isfinite(model(np.zeros((2, *model.input_shape[1:]), "float32"))).all()
-print(model.count_params())
+for path in sys.argv[1:]:
+    model = keras.models.load_model(path)
+    assert np.isfinite(model(np.zeros((2, *model.input_shape[1:]), "float32"))).all()
+    print(model.count_params())
 """
 
 
@@ -71,10 +72,11 @@ def test_figures(smoke_run, script):
 
 
 def test_models_load_in_a_fresh_process(smoke_run, tmp_path):
+    counts = {}
     for script in ("resnet_cifar10", "dueling_q_cartpole"):
         run = smoke_run(script)
         for arm, record in run.results["arms"].items():
-            process = helpers.start(["-c", LOAD_MODEL, run.folder / f"{arm}.keras"], tmp_path)
-            loaded = helpers.finish(process, tmp_path)
-            assert loaded.code == 0, loaded.stderr
-            assert int(loaded.stdout) == record["final"]["parameters"]
+            counts[run.folder / f"{arm}.keras"] = record["final"]["parameters"]
+    loaded = helpers.finish(helpers.start(["-c", LOAD_MODELS, *counts], tmp_path), tmp_path)
+    assert loaded.code == 0, loaded.stderr
+    assert list(map(int, loaded.stdout.split())) == list(counts.values())
