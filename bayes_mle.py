@@ -233,7 +233,7 @@ def plot_prior(run, beliefs):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for count in (0, 1, 3, 10, PUPILS):
         density = np.exp(normal_log_likelihood(heights, *beliefs[count]))
-        axes.plot(heights, density, label=f"after {count} pupils")
+        axes.plot(heights, density, label=f"pupils: {count}")
     axes.axvline(CLASS_MEAN, color="black", linestyle=":", label="ground truth")
     axes.set(xlabel="mean height (cm)", ylabel="density", title="The prior moves to the evidence")
     axes.legend(loc="upper left")
@@ -241,7 +241,7 @@ def plot_prior(run, beliefs):
 
 
 def plot(run, arm, x_range, lin_reg, outputs):
-    """Draw the data of an arm; then add the lines, and bands of two stddevs where noise grows."""
+    """Draw the data of an arm; then add the lines, and the fits' bands of two stddevs."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.scatter(x_range, lin_reg, s=12, color="gray", label="data")
     axes.set(xlabel="x", ylabel="y", title=arm.replace("_", " "))
@@ -250,7 +250,7 @@ def plot(run, arm, x_range, lin_reg, outputs):
     for name, yhat in outputs.items():
         mean, stddev = yhat.mean()[:, 0], yhat.stddev()[:, 0]
         axes.plot(x, mean, label=name)
-        if arm == "growing_noise":
+        if arm == "growing_noise" and name != "truth":
             upper, lower = mean + 2 * stddev, mean - 2 * stddev
             axes.fill_between(x, lower, upper, alpha=0.15)
     axes.legend(loc="upper left")

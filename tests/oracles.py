@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+
 # --- Weights and gradients ---
-
-
 def assert_same(weights, others, atol=0.0):
     """Compare two lists of arrays, by default to the last bit."""
     for one, other in zip(weights, others, strict=True):
@@ -55,8 +54,6 @@ def softmax(logits):
 
 
 # --- Data ---
-
-
 def labels_of(dataset, count=-1):
     """Return the labels of each of a dataset's first batches."""
     return [labels.numpy().ravel().tolist() for _, labels in dataset.take(count)]
@@ -115,8 +112,6 @@ def check_test_accuracy(script, count):
 
 
 # --- Q learning on CartPole ---
-
-
 class Scripted:
     """Episodes of the given lengths, then of 3 steps; the states are 1, 2, 3, ..."""
 

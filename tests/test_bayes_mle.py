@@ -12,8 +12,6 @@ LINES = list(script.MODELS)
 
 
 # --- Oracles ---
-
-
 def softplus(x):
     return np.logaddexp(0, x)
 
@@ -56,8 +54,6 @@ def most_likely(x, y):
 
 
 # --- Bayes' theorem ---
-
-
 def test_difference_5_posterior_equals_a_grid():
     """Likelihood times prior, written out over a fine grid of means, and normalised."""
     heights = np.array([135.0, 151.0, 128.0])
@@ -96,8 +92,6 @@ def test_difference_3_scale_is_the_standard_deviation():
 
 
 # --- Data and models ---
-
-
 def test_difference_4_data_are_the_articles_and_can_be_drawn_again():
     for arm in LINES:
         first, again, other = (script.load_data(arm, 100, 3.0, seed) for seed in (0, 0, 1))
@@ -146,8 +140,6 @@ def test_describe_by_hand():
 
 
 # --- Whole runs ---
-
-
 def points(arm, seed):
     """Return x, y and the true standard deviation, each (100,) float64."""
     return [column[:, 0].astype("float64") for column in script.load_data(arm, 100, 3.0, seed)]

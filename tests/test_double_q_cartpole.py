@@ -14,8 +14,6 @@ keras = script.keras
 
 
 # --- Double Q ---
-
-
 def new_networks():
     """Return two networks with different weights."""
     keras.utils.set_random_seed(1)
@@ -120,8 +118,6 @@ def test_difference_3_memory_holds_the_newest_and_can_draw_each(count):
 
 
 # --- Training ---
-
-
 def test_difference_5_all_networks_start_alike_and_all_move(monkeypatch):
     flags = ["--epochs", "25", "--epsilon-decay", "0.01"]
     agents = oracles.watch_networks(script, monkeypatch, flags)

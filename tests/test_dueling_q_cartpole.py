@@ -41,8 +41,6 @@ def network(actions=2, seed=0):
 
 
 # --- The network ---
-
-
 @pytest.mark.parametrize("actions", [2, 3, 6])
 def test_difference_1_the_mean_of_q_is_v_in_each_state(actions):
     q, v, adv = (model(STATES).numpy() for model in network(actions))

@@ -24,8 +24,6 @@ def short_games(monkeypatch):
 
 
 # --- The environment ---
-
-
 def test_preprocessing_is_the_articles():
     env = script.make_env()
     env.reset(seed=0)
@@ -71,8 +69,6 @@ def test_the_rhythm_is_that_of_the_articles_game():
 
 
 # --- The memory ---
-
-
 def frame(number):
     """Return a frame that can be told from 256 others."""
     return np.full(script.POST_PROCESS_IMAGE_SIZE, number % 256, "uint8")
@@ -175,8 +171,6 @@ def test_difference_4_bytes_of_a_frame(tmp_path):
 
 
 # --- The network and its step ---
-
-
 def test_difference_5_the_mean_is_over_the_actions():
     network = script.DQModel(256, 6)
     layers = {layer.name: layer for layer in network.layers}
@@ -262,8 +256,6 @@ def test_difference_7_the_units_of_the_advantage_stream_stay_alive(tmp_path):
 
 
 # --- Training and evaluation ---
-
-
 def test_difference_6_epsilon_and_the_mean_loss(short_games, monkeypatch):
     seen, choose_action = [], script.choose_action
 

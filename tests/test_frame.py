@@ -38,8 +38,6 @@ def wait_for(condition, process):
 
 
 # --- Flags ---
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -118,8 +116,6 @@ def test_moving_average(count):
 
 
 # --- Device ---
-
-
 def test_devices(monkeypatch, capsys):
     gpus = [argparse.Namespace(name=f"/physical_device:GPU:{number}") for number in (0, 1)]
     chosen = []
@@ -145,8 +141,6 @@ def test_devices(monkeypatch, capsys):
 
 
 # --- Folders and results ---
-
-
 def test_two_runs_in_one_second(monkeypatch):
     monkeypatch.setattr(episodes_script.time, "strftime", lambda form: "20300101-120000")
     parser = episodes_script.make_parser("--epochs", default=1)
@@ -191,8 +185,6 @@ def test_write_replaces_results_in_one_step_and_refuses_nan(capsys):
 
 
 # --- Where the scripts run ---
-
-
 def test_settings_of_another_backend(tmp_path):
     (tmp_path / "keras").mkdir()
     (tmp_path / "keras" / "keras.json").write_text('{"backend": "torch"}')
@@ -223,8 +215,6 @@ def test_a_reader_that_goes_away(tmp_path):
 
 
 # --- Faults ---
-
-
 @pytest.mark.parametrize("script", ["mnist_eager_mlp", "resnet_cifar10"])
 def test_no_network(script, tmp_path):
     run = run_script(script, ["--epochs", "1"], tmp_path)
@@ -283,8 +273,6 @@ def test_control_c(tmp_path):
 
 
 # --- Going on ---
-
-
 @pytest.fixture
 def begun(one_block):
     """Return the folder of a finished run of two epochs."""

@@ -31,8 +31,6 @@ def first_weights(arm, seed=0):
 
 
 # --- Model ---
-
-
 def test_difference_1_heads_are_alike_and_apart():
     heads = [first_weights(arm) for arm in ARMS]
     for head in heads[1:]:
@@ -89,8 +87,6 @@ def test_the_head_divides_by_255():
 
 
 # --- Data ---
-
-
 def test_difference_3_validation_and_test_see_each_image_once():
     _, valid_dataset, test_dataset = script.make_datasets(numbered(64, 601, 33), 8, 64, seed=0)
     assert sum(labels_of(valid_dataset), []) == list(range(601))
@@ -140,8 +136,6 @@ def test_splits_share_no_image_and_leave_none_out(monkeypatch):
 
 
 # --- Faults ---
-
-
 def test_an_error_line_names_what_tfds_raised(monkeypatch, capsys):
     def load(name, **options):
         raise ConnectionError("no route")

@@ -14,8 +14,6 @@ keras = script.keras
 
 
 # --- The identity ---
-
-
 def problem(seed=0):
     """Return a policy q = softmax(s W), states (8, 3) and known rewards (8, 4)."""
     keras.utils.set_random_seed(seed)
@@ -76,8 +74,6 @@ def test_difference_2_the_sampled_gradients_error_falls_as_one_over_the_root():
 
 
 # --- The agent ---
-
-
 def test_the_update_equals_that_of_reinforce():
     keras.utils.set_random_seed(4)
     network, env = script.build_cartpole_model(), script.make_env("CartPole-v1")
@@ -133,8 +129,6 @@ def test_returns_by_hand():
 
 
 # --- Pong ---
-
-
 def test_difference_3_pong_steps_once_in_ten_games_even_if_it_was_saved_between():
     keras.utils.set_random_seed(0)
     network = script.build_pong_model()
@@ -205,5 +199,5 @@ def test_states_of_pong_are_differences_of_courts():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_claim_the_agent_learns(seed):
-    """The network of reinforce_cartpole.py, by Keras's own training: far above chance's 22."""
-    assert script.main(["--arms", "agent", "--seed", str(seed)])["agent"]["reward"] > 60
+    """The network of reinforce_cartpole.py, by Keras's own training, nears 200 steps as well."""
+    assert script.main(["--arms", "agent", "--seed", str(seed)])["agent"]["reward"] > 170

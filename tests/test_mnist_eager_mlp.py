@@ -101,3 +101,10 @@ def test_differences_1_to_4_and_a_run_that_learns(monkeypatch, tmp_path):
     compiled = script.main([*flags, "--compile"])["mlp"]
     assert [eagerly for _, size, eagerly in inputs if size == 99] == [False]
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_claim_98_percent(flags):
+    """Ten epochs on the real images; the article's record is 0.98."""
+    assert script.main(flags)["mlp"]["test_accuracy"] > 0.975

@@ -46,10 +46,14 @@ class Kernel:
     """A Jupyter kernel in a folder, and what its cells print and show."""
 
     def __init__(self, folder):
-        env = {**os.environ, **helpers.environment(folder)}
+        self.folder = folder
+        self.start()
+
+    def start(self):
+        env = {**os.environ, **helpers.environment(self.folder)}
         env.pop("MPLBACKEND", None)  # a notebook brings its own
         self.manager = jupyter_client.KernelManager(kernel_name="python3")
-        self.manager.start_kernel(cwd=str(folder), env=env)
+        self.manager.start_kernel(cwd=str(self.folder), env=env)
         self.client = self.manager.blocking_client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=120)
@@ -87,23 +91,12 @@ class Kernel:
         self.manager.shutdown_kernel(now=True)
 
 
-class Notebook:
-    """One kernel for all scripts, as a learner may have it; a new one where it was lost."""
-
-    def __init__(self, tmp_path_factory):
-        self.new_folder = lambda: tmp_path_factory.mktemp("notebook")
-        self.kernel = Kernel(self.new_folder())
-
-    def replace_kernel(self):
-        self.kernel.stop()
-        self.kernel = Kernel(self.new_folder())
-
-
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
-    notebook = Notebook(tmp_path_factory)
-    yield notebook
-    notebook.kernel.stop()
+def kernel(tmp_path_factory):
+    """Return one kernel for all scripts, as a learner may have them in one notebook."""
+    kernel = Kernel(tmp_path_factory.mktemp("notebook"))
+    yield kernel
+    kernel.stop()
 
 
 def paste_and_interrupt(kernel, script):
@@ -115,13 +108,13 @@ def paste_and_interrupt(kernel, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_paste_interrupt_and_run_again(notebook, script):
+def test_paste_interrupt_and_run_again(kernel, script):
     try:
-        printed, errors, _ = paste_and_interrupt(notebook.kernel, script)
+        printed, errors, _ = paste_and_interrupt(kernel, script)
     except KernelDiedError:  # a second time it would be ours
-        notebook.replace_kernel()
-        printed, errors, _ = paste_and_interrupt(notebook.kernel, script)
-    kernel = notebook.kernel
+        kernel.stop()
+        kernel.start()
+        printed, errors, _ = paste_and_interrupt(kernel, script)
     assert CASES[script].started in printed
     assert errors == ["SystemExit: 130"]
     assert "interrupted; what was finished is in " in printed
@@ -144,17 +137,17 @@ def test_paste_interrupt_and_run_again(notebook, script):
     assert "error: unrecognized arguments: --epohcs 1" in printed
 
 
-def test_percent_run_keeps_its_flags(notebook):
+def test_percent_run_keeps_its_flags(kernel):
     flags = " ".join(CASES["double_q_cartpole"].tiny)
     path = helpers.ROOT / "double_q_cartpole.py"
-    printed, errors, _ = notebook.kernel.run(f"%run {path} {flags}")
+    printed, errors, _ = kernel.run(f"%run {path} {flags}")
     assert errors == []
     assert 'tensorboard --logdir "' in printed
 
 
-def test_a_kernel_that_sets_file(notebook):
+def test_a_kernel_that_sets_file(kernel):
     """As VS Code's interactive window does: the command line is the kernel's all the same."""
-    source, kernel = helpers.source("double_q_cartpole"), notebook.kernel
+    source = helpers.source("double_q_cartpole")
     kernel.run("__file__ = 'somewhere/double_q_cartpole.py'")
     printed, errors, _ = kernel.run(source, interrupt_at=CASES["double_q_cartpole"].started)
     assert errors == ["SystemExit: 130"], printed

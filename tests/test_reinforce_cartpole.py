@@ -62,8 +62,6 @@ def test_actions_follow_the_policy():
 
 
 # --- Differences from the article ---
-
-
 @pytest.mark.parametrize("length", [1, 7, 200])
 def test_differences_1_and_3_the_gradient_is_the_score_functions(length):
     """The episode is padded to 200 steps, and the oracle's is not."""

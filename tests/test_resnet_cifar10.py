@@ -196,6 +196,6 @@ def test_missing_data_names_the_file_that_this_keras_looks_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_claim_resnet_learns_faster(seed):
-    """Ten epochs on the real images: the residual network is ahead in training accuracy."""
-    final = script.main(["--epochs", "10", "--seed", str(seed)])
-    assert final["resnet"]["acc"] > final["plain"]["acc"] + 0.02
+    """30 epochs on the real images: five points of training accuracy; measured 0.052 to 0.061."""
+    final = script.main(["--seed", str(seed)])
+    assert final["resnet"]["acc"] > final["plain"]["acc"] + 0.04

@@ -29,8 +29,6 @@ def quick(small, monkeypatch):
 
 
 # --- Model ---
-
-
 @pytest.mark.parametrize("preprocess", ["imagenet", "article"])
 def test_difference_1_what_the_base_gets(monkeypatch, preprocess):
     def passes_on(weights, include_top, input_tensor):
@@ -98,8 +96,6 @@ def test_difference_2_both_ways_give_the_same_head_and_leave_the_base_alone(quic
 
 
 # --- Data ---
-
-
 def test_differences_3_5_6_come_from_the_same_code():
     """gap_cats_dogs.py's tests try it."""
     text, other = helpers.source("transfer_resnet50"), helpers.source("gap_cats_dogs")
@@ -119,8 +115,6 @@ def test_differences_4_to_6_of_a_run(quick, monkeypatch):
 
 
 # --- Going on after an interruption ---
-
-
 def head_of(folder):
     return keras.models.load_model(folder / "resnet50.keras").layers[-1].get_weights()
 
