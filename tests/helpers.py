@@ -156,6 +156,10 @@ def environment(folder):
     }
 
 
+# A notebook sets the second for what it starts; no script may mind either.
+OTHER_SETTINGS = {"KERAS_BACKEND": "jax", "MPLBACKEND": "module://no_such_package.backend"}
+
+
 def start(arguments, folder, **variables):
     """Start Python with `arguments` in `folder`; return the process, its output piped as text."""
     env = {**os.environ, **environment(folder), "PYTHONPATH": str(ROOT), **variables}
@@ -211,7 +215,7 @@ def run_once(script, flags, shared):
             time.sleep(0.1)
         return pickle.loads(kept.read_bytes())
     try:
-        run = run_script(script, flags, folder)
+        run = run_script(script, flags, folder, **OTHER_SETTINGS)
     except BaseException as error:
         run = Run(None, "", f"no run: {error!r}", None, None)
     kept.with_suffix(".tmp").write_bytes(pickle.dumps(run))

@@ -185,27 +185,11 @@ def test_write_replaces_results_in_one_step_and_refuses_nan(capsys):
 
 
 # --- Where the scripts run ---
-def test_settings_of_another_backend(tmp_path):
-    (tmp_path / "keras").mkdir()
-    (tmp_path / "keras" / "keras.json").write_text('{"backend": "torch"}')
-    variables = {"KERAS_BACKEND": "jax", "MPLBACKEND": "module://no_such_package.backend"}
-    run = run_script("double_q_cartpole", QUICK, tmp_path, **variables)
-    assert run.code == 0, run.stderr
-    assert run.results["complete"]
-
-
-def test_output_is_written_line_by_line(tmp_path):
+def test_output_is_line_by_line_and_its_reader_may_go_away(tmp_path):
     """A log that is redirected to a file can be followed, and outlives a SIGTERM."""
-    process = start([ROOT / "double_q_cartpole.py", "--epochs", "2000"], tmp_path)
+    process = start([ROOT / "double_q_cartpole.py", *QUICK, "--epochs", "300"], tmp_path)
     line = process.stdout.readline()  # it comes long before the buffer of 8 kB is full
     assert line.startswith("double_q_cartpole on CartPole")
-    process.terminate()
-    process.communicate()
-
-
-def test_a_reader_that_goes_away(tmp_path):
-    process = start([ROOT / "double_q_cartpole.py", *QUICK, "--epochs", "40"], tmp_path)
-    process.stdout.readline()
     process.stdout.close()  # as `| head -1` does
     stderr = process.stderr.read()
     assert process.wait() == 1
@@ -215,9 +199,8 @@ def test_a_reader_that_goes_away(tmp_path):
 
 
 # --- Faults ---
-@pytest.mark.parametrize("script", ["mnist_eager_mlp", "resnet_cifar10"])
-def test_no_network(script, tmp_path):
-    run = run_script(script, ["--epochs", "1"], tmp_path)
+def test_no_network(tmp_path):
+    run = run_script("mnist_eager_mlp", ["--epochs", "1"], tmp_path)
     assert run.code == 1
     (line,) = error_lines(run.stderr)
     assert "Traceback" not in run.stderr
@@ -342,6 +325,10 @@ def begin(script, settings):
     return ["-c", f"import {script} as script; {settings}; script.main()"]
 
 
+SHORT_GAMES = (
+    "make_env = script.make_env;"
+    "script.make_env = lambda game: script.gymnasium.wrappers.TimeLimit(make_env(game), 200)"
+)
 # How each is started, its flags, and what its record must have at last
 KILLED = {
     "resnet_cifar10": (
@@ -355,9 +342,9 @@ KILLED = {
         lambda record: record["final"]["steps"] == 2000,
     ),
     "keras_pg_weighted_ce": (
-        begin("keras_pg_weighted_ce", "script.BATCH_SIZE = 2"),  # games from one save to the next
-        ["--arms", "agent", "--env", "ALE/Pong-v5", "--epochs", "4"],
-        lambda record: len(record["history"]["reward"]) == 4,
+        begin("keras_pg_weighted_ce", f"script.BATCH_SIZE = 2; {SHORT_GAMES}"),  # saves every two
+        ["--arms", "agent", "--env", "ALE/Pong-v5", "--epochs", "12"],
+        lambda record: len(record["history"]["reward"]) == 12,
     ),
 }
 
