@@ -39,6 +39,7 @@ import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
 # Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
+# This line can go once Colab has protobuf 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
