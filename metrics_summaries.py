@@ -78,7 +78,9 @@ def load_data(synthetic):
     try:
         return keras.datasets.mnist.load_data()
     except Exception as error:  # Keras raises a plain Exception where a download fails
-        sys.exit(f"error: {error!r}; put mnist.npz into ~/.keras/datasets, or use --synthetic")
+        raise SystemExit(
+            f"error: {error!r}; put mnist.npz into ~/.keras/datasets, or use --synthetic"
+        ) from None
 
 
 def synthetic_data(count, seed):
@@ -337,19 +339,19 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            sys.exit(f"error: {kind.__name__}: {error}")
+            raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            sys.exit(130)
+            raise SystemExit(130) from None  # Colab's IPython fails on a chain of errors
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            sys.exit("error: a loss or a metric is not finite; try another --seed")
+            raise SystemExit("error: a number is not finite; try another --seed") from None
         (self.folder / "results.json.tmp").write_text(text)
         os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 

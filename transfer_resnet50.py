@@ -76,7 +76,9 @@ def load_data(args):
         advice = "put kagglecatsanddogs_5340.zip into TFDS's downloads/manual, or use --synthetic"
         if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
             advice = 'if protobuf is old, pip install "tensorflow-metadata<1.18" and restart Python'
-        sys.exit(f"error: no cats_vs_dogs ({type(error).__name__}: {error}); {advice}")
+        raise SystemExit(
+            f"error: no cats_vs_dogs ({type(error).__name__}: {error}); {advice}"
+        ) from None
 
 
 def synthetic_photographs(count):
@@ -154,7 +156,9 @@ def build_res_net(weights, preprocess):
         res_net = resnet50.ResNet50(weights=weights, include_top=False, input_tensor=inputs)
     except Exception as error:  # Keras raises a plain Exception where a download fails
         advice = "put that file into ~/.keras/models, or use --weights none"
-        sys.exit(f"error: no weights for ResNet50 ({type(error).__name__}: {error}); {advice}")
+        raise SystemExit(
+            f"error: no weights for ResNet50 ({type(error).__name__}: {error}); {advice}"
+        ) from None
     res_net.trainable = False
     return res_net
 
@@ -342,19 +346,19 @@ class Run:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
         if isinstance(error, OSError):
-            sys.exit(f"error: {kind.__name__}: {error}")
+            raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            sys.exit(130)
+            raise SystemExit(130) from None  # Colab's IPython fails on a chain of errors
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
-            sys.exit("error: a loss or a metric is not finite; try another --seed")
+            raise SystemExit("error: a number is not finite; try another --seed") from None
         (self.folder / "results.json.tmp").write_text(text)
         os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
 

@@ -4,13 +4,13 @@ import numpy as np
 import oracles
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from helpers import exit_of, run_main
 from oracles import labels_of
 
 import gap_cats_dogs as script
 
 keras = script.keras
+tfds = script.tfds
 
 ARMS = ["fc", "fc_dropout", "gap", "avgpool"]
 TINY = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "3", "--batch-size", "8"]

@@ -151,7 +151,8 @@ def test_batch_curves_do_not_fold_back(quick, monkeypatch, epochs_before):
     script.main(["--resume", str(folder)])
     (resumed,) = folder.glob("cnn/resumed-*")
     for tag in ("batch_loss", "batch_accuracy"):
-        before = steps_of(folder / "cnn" / "train", tag)
-        assert before == sorted(set(before))
+        if epochs_before:  # at the end of an epoch they are written to the disk
+            before = steps_of(folder / "cnn" / "train", tag)
+            assert before == sorted(set(before))
         assert steps_of(resumed / "train", tag) == list(range(1, 3 * (2 - epochs_before) + 1))
     assert steps_of(resumed / "train", "epoch_loss") == list(range(epochs_before, 2))
