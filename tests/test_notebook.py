@@ -31,10 +31,9 @@ def photographs(name, split, **options):
     data = rng.integers(0, 256, (100, 50, 60, 3), dtype="uint8"), rng.integers(0, 2, 100)
     return [tf.data.Dataset.from_tensor_slices(data) for _ in split]
 tfds.load = photographs
-original = resnet50.ResNet50
-keras.applications.ResNet50 = resnet50.ResNet50 = lambda **options: original(
-    **{**options, "weights": None}
-)
+def untrained(original=resnet50.ResNet50, **options):
+    return original(**{**options, "weights": None})
+keras.applications.ResNet50 = resnet50.ResNet50 = untrained
 """
 
 
