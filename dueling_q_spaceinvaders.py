@@ -6,11 +6,11 @@ The agent sees three grey frames at a time, so that it can tell what moves where
 layers judges the situation, another one the six actions. The agent first plays at random, then more
 and more as it thinks best, and after each step it learns from 32 earlier ones, drawn from memory.
 
-    python dueling_q_spaceinvaders.py                     # days on a CPU; it may be stopped
+    python dueling_q_spaceinvaders.py                     # hours on a CPU; it may be stopped
     python dueling_q_spaceinvaders.py --resume RUN_DIR    # and goes on later
 
-Result: not shown yet. The network stays alive: after 300 steps 203 to 228 of 256 units answer, and
-with Adam's own epsilon 44 to 93 (seeds 0 to 4). Whether it learns takes a run of many hours.
+Result (796 games, seed 0): the reward rises, from 161 points a game at random to 265 in the last
+100 games. Then ten greedy games made 256 points, and ten with an epsilon of 0.1 made 312.
 
 Differences from the article:
 1. A sampled state ends with the frame that its action was chosen for, not one frame earlier.
