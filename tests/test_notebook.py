@@ -63,7 +63,8 @@ class Kernel:
         printed, errors, pictures, interrupted = "", [], 0, 0.0
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if interrupt_at and interrupt_at in printed and time.monotonic() > interrupted + 20:
+            trains = interrupt_at and interrupt_at in printed and "interrupted" not in printed
+            if trains and time.monotonic() > interrupted + 20:
                 self.manager.interrupt_kernel()  # Python may lose one in a destructor: then again
                 interrupted = time.monotonic()
             try:
