@@ -119,11 +119,11 @@ def test_difference_3_training_takes_this_step(monkeypatch):
 
 
 def test_returns_by_hand():
-    """In Pong a point ends the discounting: three steps to a point won, two to one lost, one."""
-    game = np.array([0.0, 0, 1, 0, -1, 0])
+    """In Pong a point ends the discounting: three steps to a point won, two to one lost, two."""
+    game = np.array([0.0, 0, 1, 0, -1, 0, 1])
     returns = script.discounted_returns(game, 0.5, pong=True)
-    assert returns.tolist() == [0.25, 0.5, 1, -0.5, -1, 0]
-    assert script.discounted_returns(game, 0.5, pong=False)[:2].tolist() == [0.1875, 0.375]
+    assert returns.tolist() == [0.25, 0.5, 1, -0.5, -1, 0.5, 1]
+    assert script.discounted_returns(game, 0.5, pong=False)[:2].tolist() == [0.203125, 0.40625]
     np.testing.assert_allclose(script.standardise(np.array([1.0, 3, 1, 3])), [-1, 1, -1, 1])
     assert script.standardise(np.ones(3)).tolist() == [0, 0, 0]
 
