@@ -263,6 +263,12 @@ def test_difference_6_epsilon_and_the_mean_loss(short_games, monkeypatch):
         seen.append(eps)
         return choose_action(state, q_values, eps)
 
+    def counted(memory, no_samples):
+        drawn.append(no_samples)
+        return sample(memory, no_samples)
+
+    drawn, sample = [], script.Memory.sample
+    monkeypatch.setattr(script.Memory, "sample", counted)
     monkeypatch.setattr(script, "choose_action", watched)
     monkeypatch.setattr(script, "train", lambda *_: (tf.constant(2.0), tf.constant(3.0)))
     flags = ["--epochs", "9", "--delay-training", "50", "--epsilon-min-iter", "60"]
@@ -272,6 +278,7 @@ def test_difference_6_epsilon_and_the_mean_loss(short_games, monkeypatch):
     expected = [1.0] * 51 + [1 - 0.9 * i / 60 for i in range(1, 61)] + [0.1] * 39
     np.testing.assert_allclose(seen[:150], expected, atol=1e-9)
     assert seen[150:] == [0] * 400 + [0.1] * 400  # ten games each
+    assert drawn == [32] * 100  # at steps 51 to 150
     assert history["avg loss"] == [None, 2.0, 2.0, 2.0]
     assert history["mean q"] == [None, 3.0, 3.0, 3.0]
     assert len(history["reward"]) == 4  # the last one cut after 30 steps
