@@ -68,17 +68,12 @@ def load_data(args):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
     if args.synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
+    if not hasattr(tfds, "load"):  # its import has failed, before this script was pasted
+        advice = 'pip install "tensorflow-metadata<1.18" and restart Python'
+        raise SystemExit(f"error: tensorflow_datasets did not get on with protobuf; {advice}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
-    try:
-        return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
-    except Exception as error:  # TFDS has many types of its own
-        advice = "put kagglecatsanddogs_5340.zip into TFDS's downloads/manual, or use --synthetic"
-        if not hasattr(tfds, "load"):  # its import has failed, maybe before this script was pasted
-            advice = 'if protobuf is old, pip install "tensorflow-metadata<1.18" and restart Python'
-        raise SystemExit(
-            f"error: no cats_vs_dogs ({type(error).__name__}: {error}); {advice}"
-        ) from None
+    return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
 
 
 def synthetic_photographs(count):
@@ -187,9 +182,8 @@ def train(arm, run, sets):
         verbose=VERBOSE,
         callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver],
     )
-    final = {metric: values[-1] for metric, values in saver.record["history"].items()}
-    final["test_accuracy"] = model.evaluate(cat_test, verbose=VERBOSE)[1]
-    saver.record["final"] = final | {"parameters": model.count_params()}
+    saver.record["final"]["test_accuracy"] = model.evaluate(cat_test, verbose=VERBOSE)[1]
+    saver.record["final"]["parameters"] = model.count_params()
 
 
 # --- Figures ---
@@ -202,8 +196,8 @@ def plot(run):
         figure.suptitle(f"{run.results['data']}: {metric}")
         for axis, (arm, record) in zip(axes[0], arms.items()):
             epochs = range(1, len(record["history"][metric]) + 1)
-            axis.plot(epochs, record["history"][metric], "red", label="training")
-            axis.plot(epochs, record["history"][f"val_{metric}"], "blue", label="validation")
+            axis.plot(epochs, record["history"][metric], "r.-", label="training")
+            axis.plot(epochs, record["history"][f"val_{metric}"], "b.-", label="validation")
             axis.set(title=arm, xlabel="epoch")
         axis.legend()
         figure.savefig(run.folder / f"{metric}.png")
@@ -309,10 +303,10 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
@@ -382,6 +376,7 @@ class SaveEpochs(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         for metric, value in logs.items():  # a repeated epoch takes the place of its first try
             self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
+            self.record["final"][metric] = float(value)
         now = time.perf_counter()
         self.record["seconds"] += now - self.start
         self.start = now

@@ -264,10 +264,10 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of the disk, with one line."""
+        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
