@@ -93,6 +93,10 @@ def test_difference_2_both_ways_give_the_same_head_and_leave_the_base_alone(quic
     for metric, values in record["history"].items():
         assert other["history"][metric] == pytest.approx(values, abs=1e-4), metric
     assert record["final"] == pytest.approx(other["final"], abs=1e-4)
+    run_main(script, ["--resume", str(folder), "--epochs", "3"])  # as in the article, from its file
+    model = keras.models.load_model(folder / "resnet50.keras")
+    oracles.assert_same(base, model.get_layer("resnet50").get_weights())
+    assert np.any(model.layers[-1].get_weights()[0] != other_head[0])
 
 
 # --- Data ---
