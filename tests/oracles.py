@@ -128,6 +128,7 @@ class Scripted:
         return self.state(), {}
 
     def step(self, action):
+        assert self.left > 0, "a step after the end"
         self.actions.append(action)
         self.left -= 1
         ended = self.left == 0

@@ -10,6 +10,7 @@ import time
 
 import helpers
 import numpy as np
+import oracles
 import pytest
 from helpers import ROOT, error_lines, exit_of, run_script, start
 
@@ -59,7 +60,8 @@ def wait_for(condition, process):
     ids=" ".join,
 )
 def test_bad_flags(flags, capsys):
-    code, line = exit_of(lambda: episodes_script.main(flags), capsys)
+    one_episode = ["--epochs", "1"]  # if it is not refused, it is soon over
+    code, line = exit_of(lambda: episodes_script.main([*one_episode, *flags]), capsys)
     assert code == 2
     assert "error: " in line
     assert flags[0] in line
@@ -95,6 +97,14 @@ def test_runs_are_mean_and_spread():
         values = [run["final"][metric] for run in (first, second)]
         assert value == pytest.approx(np.mean(values))
         assert record["spread"][metric] == pytest.approx(np.std(values, ddof=1))
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_play_ends_with_the_episode(falls):
+    """A fallen pole ends it, and so does the time limit."""
+    env = oracles.Scripted(4, falls=falls)
+    assert episodes_script.play(env, lambda state: int(state[0])) == 4.0
+    assert env.actions == [1, 2, 3, 4]  # each chosen from the state before it
 
 
 def test_gif_is_a_greedy_episode():
@@ -338,8 +348,8 @@ KILLED = {
     ),
     "dueling_q_spaceinvaders": (
         begin("dueling_q_spaceinvaders", "script.EVALUATION_GAMES = 1"),
-        ["--delay-training", "1500", "--replay-size", "1000", "--max-steps", "2000"],
-        lambda record: record["final"]["steps"] == 2000,
+        ["--delay-training", "1500", "--replay-size", "1000", "--max-steps", "1600"],
+        lambda record: record["final"]["steps"] == 1600,
     ),
     "keras_pg_weighted_ce": (
         begin("keras_pg_weighted_ce", f"script.BATCH_SIZE = 2; {SHORT_GAMES}"),  # saves every two
