@@ -294,7 +294,10 @@ def parse_flags(parser, argv):
     """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as end:
+        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -339,7 +342,7 @@ class Run:
             self.write()
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            raise SystemExit(130) from None  # Colab's IPython fails on a chain of errors
+            raise SystemExit(130) from None
 
     def write(self):
         """Replace results.json in one step, unless a number in it is not finite."""

@@ -155,12 +155,13 @@ def test_difference_5_only_a_fall_is_a_terminal(monkeypatch, falls, flags, termi
 
 
 @pytest.mark.slow
-def test_claim_both_reach_180_and_neither_is_clearly_ahead():
-    """Within 500 episodes, in three runs out of three; the means differ by less than the spread."""
-    _, arms = helpers.run_main(script, ["--runs", "3"])
-    reached = [
-        [run["final"]["episodes_to_180"] for run in record["runs"]] for record in arms.values()
-    ]
-    assert max(map(max, reached)) <= 500
-    means, spreads = map(statistics.mean, reached), map(statistics.stdev, reached)
-    assert abs(np.diff([*means])[0]) < 2 * max(spreads)
+def test_claim_both_learn_and_neither_is_clearly_ahead():
+    """Four of five runs of each pass a mean of 180; the arms differ by less than the spread."""
+    _, arms = helpers.run_main(script, ["--epochs", "300", "--runs", "5"])
+    means, spreads = [], []
+    for record in arms.values():
+        assert sum(run["final"]["episodes_to_180"] <= 300 for run in record["runs"]) >= 4
+        rewards = [statistics.mean(run["history"]["reward"][100:]) for run in record["runs"]]
+        means.append(statistics.mean(rewards))
+        spreads.append(statistics.stdev(rewards))
+    assert abs(means[0] - means[1]) < max(spreads)

@@ -132,9 +132,9 @@ def test_paste_interrupt_and_run_again(kernel, script):
     assert errors == []
     assert printed.startswith("[")
 
-    printed, errors, _ = kernel.run("main(['--epohcs', '1'])")
+    printed, errors, _ = kernel.run("main(['--epochs', 'one'])")
     assert errors == ["SystemExit: 2"]
-    assert "error: unrecognized arguments: --epohcs 1" in printed
+    assert "invalid int value: 'one'" in printed
 
 
 def test_percent_run_keeps_its_flags(kernel):
