@@ -330,3 +330,12 @@ def test_a_checkpoint_brings_back_everything(tmp_path):
     noise = rng.integers(0, 256, (32, 4, 105, 80), dtype="uint8")
     batch = noise, *(np.ones(32, "float32"),) * 3
     assert float(agent.learn(*batch)[0]) == float(other.learn(*batch)[0])
+
+
+@pytest.mark.slow
+def test_claim_the_reward_rises():
+    """Three hours; in docs/results the last 100 games gave 1.65 times the points of random play."""
+    script.main(["--max-steps", "600000"])
+    record = helpers.newest_results(".")[1]["arms"]["dueling"]
+    last_games = np.mean(record["history"]["reward"][-100:])
+    assert last_games > 1.4 * record["final"]["random_reward"]

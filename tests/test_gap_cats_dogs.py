@@ -136,16 +136,6 @@ def test_splits_share_no_image_and_leave_none_out(monkeypatch):
 
 
 # --- Faults ---
-def test_an_error_line_names_what_tfds_raised(monkeypatch, capsys):
-    def load(name, **options):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(tfds, "load", load)
-    code, line = exit_of(lambda: script.main([]), capsys)
-    assert code == 1
-    assert line == "error: ConnectionError: no route"
-
-
 def test_where_the_import_of_tfds_has_failed(monkeypatch, capsys):
     """As on Colab, where a cell before has imported it, with a tensorflow-metadata too new."""
     monkeypatch.delattr(tfds, "load")
