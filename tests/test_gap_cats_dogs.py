@@ -135,7 +135,6 @@ def test_splits_share_no_image_and_leave_none_out(monkeypatch):
     assert script.load_data(args) == ("cats_vs_dogs", options)
 
 
-# --- Faults ---
 def test_where_the_import_of_tfds_has_failed(monkeypatch, capsys):
     """As on Colab, where a cell before has imported it, with a tensorflow-metadata too new."""
     monkeypatch.delattr(tfds, "load")

@@ -44,6 +44,13 @@ ROWS = [  # a script, its files, arms: what, how, digits
     ("dueling_q_spaceinvaders", "", "dueling", "random_reward mean 0, random_games mean 0"),
     ("dueling_q_spaceinvaders", "", "dueling", "first50 mean 0, last100 mean 0, games mean 0"),
     ("dueling_q_spaceinvaders", "", "dueling", "greedy_reward mean 0, epsilon_reward mean 0"),
+    ("dueling_q_spaceinvaders", ".longer", "dueling", "last100 mean 0, games mean 0"),
+    (
+        "dueling_q_spaceinvaders",
+        ".longer",
+        "dueling",
+        "greedy_reward mean 0, epsilon_reward mean 0",
+    ),
     ("reinforce_cartpole", ".*", "reinforce", "reward spread 1"),
     ("keras_pg_weighted_ce", ".seed?", "identity", "weighted_error largest 2, slope extent 2"),
     ("keras_pg_weighted_ce", ".seed?", "agent", "reward spread 1"),
