@@ -73,7 +73,11 @@ def load_data(args):
         raise SystemExit(f"error: tensorflow_datasets did not get on with protobuf; {advice}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
-    return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
+    try:
+        return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
+    except Exception as error:  # TFDS has many types of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"error: no cats_vs_dogs ({reason}); use --synthetic") from None
 
 
 def synthetic_photographs(count):

@@ -115,7 +115,6 @@ def test_example_by_hand(capsys):
 
 # --- Training, and differences from the article ---
 
-
 FLAGS = ["--delay-training", "150", "--epsilon-min-iter", "200"]
 
 
@@ -158,10 +157,9 @@ def test_difference_5_only_a_fall_is_a_terminal(monkeypatch, falls, flags, termi
 def test_claim_both_learn_and_neither_is_clearly_ahead():
     """Four of five runs of each pass a mean of 180; the arms differ by less than the spread."""
     _, arms = helpers.run_main(script, ["--epochs", "300", "--runs", "5"])
-    means, spreads = [], []
+    late = []
     for record in arms.values():
         assert sum(run["final"]["episodes_to_180"] <= 300 for run in record["runs"]) >= 4
-        rewards = [statistics.mean(run["history"]["reward"][100:]) for run in record["runs"]]
-        means.append(statistics.mean(rewards))
-        spreads.append(statistics.stdev(rewards))
-    assert abs(means[0] - means[1]) < max(spreads)
+        late.append([statistics.mean(run["history"]["reward"][100:]) for run in record["runs"]])
+    double, dueling = map(statistics.mean, late)
+    assert abs(double - dueling) < max(map(statistics.stdev, late))

@@ -60,8 +60,7 @@ def wait_for(condition, process):
     ids=" ".join,
 )
 def test_bad_flags(flags, capsys):
-    one_episode = ["--epochs", "1"]  # if it is not refused, it is soon over
-    code, line = exit_of(lambda: episodes_script.main([*one_episode, *flags]), capsys)
+    code, line = exit_of(lambda: episodes_script.main(["--epochs", "1", *flags]), capsys)
     assert code == 2
     assert "error: " in line
     assert flags[0] in line
@@ -101,7 +100,6 @@ def test_runs_are_mean_and_spread():
 
 @pytest.mark.parametrize("falls", [True, False])
 def test_play_ends_with_the_episode(falls):
-    """A fallen pole ends it, and so does the time limit."""
     env = oracles.Scripted(4, falls=falls)
     assert episodes_script.play(env, lambda state: int(state[0])) == 4.0
     assert env.actions == [1, 2, 3, 4]  # each chosen from the state before it
@@ -215,7 +213,7 @@ def test_no_network(tmp_path):
     (line,) = error_lines(run.stderr)
     assert "Traceback" not in run.stderr
     assert line.startswith("error: Exception: URL fetch failure")
-    assert "mnist.npz is fetched once" in run.stdout
+    assert "mnist.npz is fetched once (11 MB); --synthetic needs no network" in run.stdout
     assert "delete" not in line
     assert "empty" not in line
 

@@ -1,5 +1,7 @@
 """gap_cats_dogs.py: data by hand, back ends by hand, its differences from the article."""
 
+from unittest import mock
+
 import numpy as np
 import oracles
 import pytest
@@ -10,7 +12,6 @@ from oracles import labels_of
 import gap_cats_dogs as script
 
 keras = script.keras
-tfds = script.tfds
 
 ARMS = ["fc", "fc_dropout", "gap", "avgpool"]
 TINY = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "3", "--batch-size", "8"]
@@ -128,16 +129,21 @@ def test_difference_6_all_images_are_shuffled_together():
 
 
 def test_splits_share_no_image_and_leave_none_out(monkeypatch):
-    monkeypatch.setattr(tfds, "load", lambda name, **options: (name, options))
+    monkeypatch.setattr(script.tfds, "load", lambda name, **options: (name, options))
     args = script.argparse.Namespace(synthetic=False, data_dir="here")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     options = {"split": split, "as_supervised": True, "data_dir": "here"}
     assert script.load_data(args) == ("cats_vs_dogs", options)
 
 
-def test_where_the_import_of_tfds_has_failed(monkeypatch, capsys):
-    """As on Colab, where a cell before has imported it, with a tensorflow-metadata too new."""
-    monkeypatch.delattr(tfds, "load")
+def test_faults_of_tfds_are_one_line(monkeypatch, capsys):
+    """The second is Colab's, where a cell before has imported it, with tensorflow-metadata 1.21."""
+    monkeypatch.setattr(script.tfds, "load", mock.Mock(side_effect=ConnectionError("no route")))
+    code, line = exit_of(lambda: script.main([]), capsys)
+    assert code == 1
+    assert line.startswith("error: no cats_vs_dogs (ConnectionError: no route)")
+    assert "--synthetic" in line
+    monkeypatch.delattr(script.tfds, "load")
     code, line = exit_of(lambda: script.main([]), capsys)
     assert code == 1
     assert 'pip install "tensorflow-metadata<1.18"' in line
