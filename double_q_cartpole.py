@@ -1,26 +1,27 @@
-"""Balance a pole under noisy rewards with deep Q learning and Double Q, to see what the max costs.
+"""Balance a pole under noisy rewards by deep Q learning and by Double Q, and compare the two.
 
 Article: "Double Q reinforcement learning in TensorFlow 2" (Adventures in Machine Learning).
 
-Deep Q learning values the next state by the largest of several noisy estimates, and the largest of
-noisy numbers is too large on average. In Double Q learning one network chooses the best next
-action, and a second one, which follows the first slowly, says what that action is worth.
+Deep Q learning takes the largest of several noisy estimates as the value of the next state. On
+average, the largest of noisy numbers is too large. In Double Q learning one network chooses the
+best next action, and a second one, which follows the first slowly, says what that action is worth.
 
     python double_q_cartpole.py                           # the article's second figure
     python double_q_cartpole.py --random-reward-std 0     # the article's first figure
     python double_q_cartpole.py --epochs 300 --runs 5     # mean and spread of five runs
 
-Result (300 episodes, five seeds): deep Q's values are too large by 3.4 +- 1.7, where 20 is the most
-that is true; Double Q's by 1.8 in the median, but one of its runs ran away. On reward the article's
-claim does not hold: Double Q is hardly earlier and not steadier.
+Result (300 episodes, five seeds): deep Q's values are too large by 3.4 +- 1.7; a true value is at
+most 20. Double Q's are too large by 1.8 in the median run, but by 41 in one of the five. Its reward
+rises hardly earlier than deep Q's and is not steadier, so the article's claim does not hold.
 
 Differences from the article:
-1. A pole held for 200 steps is not stored as fallen, which would teach that it is worth nothing.
+1. Where the time limit of 200 steps ends an episode, its last state is not stored as terminal.
 2. Terminal states have a column of their own; the article looked for next states that sum to zero.
 3. The memory is one array with named columns, in which a new step replaces the oldest one.
-4. An episode's length counts its last step, and `avg loss` is the mean over the steps that trained.
-5. All networks of both arms start from the same weights. Both steps are compiled.
-As in the article, the arms differ in two things: who judges, and that Double Q's judge lags behind.
+4. The last step of an episode counts in its length. `avg loss` leaves out steps without training.
+5. All networks start from the same weights. The training step and the Q values are compiled.
+As in the article, the arms differ in two things: Double Q has a second network, and it does not
+take the maximum. `--arms dqn_target` is deep Q with that second network, to tell these two apart.
 """
 
 # /// script
@@ -30,7 +31,6 @@ As in the article, the arms differ in two things: who judges, and that Double Q'
 # ///
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -41,7 +41,8 @@ import statistics
 import sys
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # faster than two: the network is small
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
@@ -52,8 +53,8 @@ import tensorflow as tf
 
 SCRIPT = "double_q_cartpole"
 MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
-ARTICLE = {"dqn": {"reward": 190}, "double": {"reward": 190}}  # "180-200", without noise
-ARMS = ["dqn", "double", "dqn_target"]  # the third is deep Q with Double Q's lagging judge
+ARTICLE = {"dqn": {"reward": 190}, "double": {"reward": 190}}  # 180 to 200, without noise
+ARMS = ["dqn", "double", "dqn_target"]
 MAX_EPSILON = 1.0
 MIN_EPSILON = 0.01
 BATCH_SIZE = 32
@@ -61,18 +62,18 @@ NUM_ACTIONS = 2
 
 
 # --- Algorithm ---
-# First the bias itself, with four random numbers; then the two ways to learn from a batch of steps.
+# First the bias itself, on random numbers; then the two ways to learn from a batch of steps.
 def show_max_bias(seed, folder):
-    """Draw the rewards of the article's state B 10,000 times; print and plot their running means.
+    """Draw the rewards around the article's state B 10,000 times; print their means and plot them.
 
-    Ra = 0 pays for going back to A. Rc and Rd are drawn from N(1, 4). Deep Q takes the largest of
-    the three as the value of B. Double Q takes a second draw of whichever was the largest.
+    Ra, for going back to A, is 0. Rc and Rd are drawn from N(1, 4). Deep Q takes the largest of the
+    three as the value of B. Double Q sees which one is the largest, and draws that one again.
     """
-    draws = np.random.default_rng(seed).normal(1, 4, (2, 10000, 3)) * [0, 1, 1]
-    (Ra, Rc, Rd), second = draws.transpose(0, 2, 1)  # (10000,) each, and (3, 10000)
+    first, second = np.random.default_rng(seed).normal(1, 4, (2, 10000, 3)) * [0, 1, 1]
+    Ra, Rc, Rd = first.T  # (10000,) each
     largest = np.argmax([Ra, Rc, Rd], axis=0)
     curves = {"Rc": Rc, "Rd": Rd, "max(Ra, Rc, Rd): deep Q": np.max([Ra, Rc, Rd], axis=0)}
-    curves["a second draw of the largest: Double Q"] = np.choose(largest, second)
+    curves["a second draw of the largest: Double Q"] = second[np.arange(10000), largest]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     count = np.arange(1, 10001)
     for label, values in curves.items():
@@ -96,7 +97,7 @@ class Memory:
 
     def __init__(self, max_memory):
         self.max_memory = max_memory
-        self.rows = np.zeros((max_memory, 11), "float32")  # a batch of it is copied in one go
+        self.rows = np.zeros((max_memory, 11), "float32")  # one table, so that a batch is one copy
         self.states = self.rows[:, 0:4]
         self.actions = self.rows[:, 4]
         self.rewards = self.rows[:, 5]
@@ -105,18 +106,18 @@ class Memory:
         self.added = 0
 
     def add_sample(self, state, action, reward, next_state, terminal):
-        i = self.added % self.max_memory
-        self.states[i] = state
-        self.actions[i] = action
-        self.rewards[i] = reward
-        self.next_states[i] = next_state
-        self.terminals[i] = terminal
+        place = self.added % self.max_memory
+        self.states[place] = state
+        self.actions[place] = action
+        self.rewards[place] = reward
+        self.next_states[place] = next_state
+        self.terminals[place] = terminal
         self.added += 1
 
     def sample(self, no_samples):
         """Return rows (no_samples, 11) of the memory, none of them drawn twice."""
-        i = random.sample(range(min(self.added, self.max_memory)), no_samples)
-        return tf.constant(self.rows[i])
+        places = random.sample(range(min(self.added, self.max_memory)), no_samples)
+        return tf.constant(self.rows[places])
 
 
 def split_rows(rows):
@@ -132,7 +133,7 @@ def choose_action(state, q_values, eps):
 
 
 def train(batch, primary_network, target_network, optimizer, gamma, double_q):
-    """Take a gradient step; return the loss before it and the mean of the next states' largest Q.
+    """Take a gradient step; return its loss, and the mean of the largest Q of each next state.
 
     The article's deep Q learning has no target network (None): one network chooses and judges.
     """
@@ -144,7 +145,7 @@ def train(batch, primary_network, target_network, optimizer, gamma, double_q):
         q_next = tf.gather(q_judge, prim_action_tp1, batch_dims=1)
     else:
         q_next = tf.reduce_max(q_judge, axis=1)  # the largest of noisy values: too large
-    target_q = rewards + gamma * (1 - terminals) * q_next  # as in 0.95 x 2 = 1.9
+    target_q = rewards + gamma * (1 - terminals) * q_next  # in the article: 0 + 0.95 x 2 = 1.9
     taken = tf.one_hot(tf.cast(actions, tf.int32), NUM_ACTIONS)  # the other action adds no loss
     with tf.GradientTape() as tape:
         error = taken * (target_q[:, tf.newaxis] - primary_network(states))
@@ -154,29 +155,29 @@ def train(batch, primary_network, target_network, optimizer, gamma, double_q):
 
 
 def update_network(primary_network, target_network, tau):
-    """Move each weight t of the target towards e of the primary network: t (1 - tau) + e tau."""
+    """Move each weight t of the target towards the primary's e: t becomes t (1 - tau) + e tau."""
     for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
         t.assign_add(tau * (e - t))
 
 
 def overestimation(largest_q, gamma):
-    """Return by how much the largest Q of each state of an episode exceeds the true return.
+    """Return the largest Q of each state of an episode minus the discounted return that followed.
 
-    Each step pays 1 on average, so with n to go the return is 1 + gamma + ... + gamma^(n - 1).
-    Of an episode cut off at 200 steps the last 90 states are left out: their returns would have
-    gone on, and 0.95^90 is one percent.
+    A step pays 1 on average, so n steps are worth 1 + gamma + ... + gamma^(n - 1). Where an episode
+    was cut off at 200 steps, its last 90 states are left out, as they would have earned more.
     """
-    returns = np.cumsum(gamma ** np.arange(len(largest_q)))[::-1]
+    payments = gamma ** np.arange(len(largest_q))  # 1, gamma, gamma^2, ...
+    returns = np.cumsum(payments)[::-1]  # the first state has the most steps to go
     errors = np.array(largest_q) - returns
     return errors[:-90] if len(errors) == 200 else errors
 
 
 # --- Training ---
-# One loop for both arms: act, store, learn, follow.
+# One loop for all arms: act, store the step, learn, let the target network follow.
 def compile_agent(double_q, primary_network, target_network, args):
     """Return the functions learn(rows) and q_values(states), compiled for one shape each."""
     optimizer = keras.optimizers.Adam()
-    optimizer.build(primary_network.trainable_variables)  # before the functions are compiled
+    optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
 
     def learn(rows):
         batch = split_rows(rows)
@@ -192,7 +193,7 @@ def compile_agent(double_q, primary_network, target_network, args):
 
 
 def train_agent(arm, seed, run):
-    """Train one agent; record its episodes and final numbers; save the first one's network."""
+    """Train one agent; record its episodes and final numbers; save the first seed's network."""
     args = run.args
     keras.utils.set_random_seed(seed)
     env = gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
@@ -203,23 +204,26 @@ def train_agent(arm, seed, run):
         target_network.set_weights(primary_network.get_weights())
     learn, q_values = compile_agent(arm == "double", primary_network, target_network, args)
     log = EpisodeLog(run, arm, seed)
-    eps, steps = MAX_EPSILON, 0
+    steps = 0
     while log.episodes < args.epochs and steps != args.max_steps:
-        state, _ = env.reset(seed=None if steps else seed)
-        length, losses, largest_q, ended = 0, [], [], False
+        state, _ = env.reset(seed=None if steps else seed)  # only the first episode is seeded
+        length, losses, mean_qs = 0, [], []
+        ended = False
         while not ended:
+            eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * math.exp(-args.epsilon_decay * steps)
             action = choose_action(state, q_values, eps)
             next_state, _, terminated, truncated, _ = env.step(action)
             reward = np.random.normal(1.0, args.random_reward_std)
             memory.add_sample(state, action, reward, next_state, terminated)
-            state, length, steps = next_state, length + 1, steps + 1
+            state = next_state
+            length += 1
+            steps += 1
             if steps >= 3 * BATCH_SIZE:
                 loss, mean_q = learn(memory.sample(BATCH_SIZE))
                 losses.append(float(loss))
-                largest_q.append(float(mean_q))
-            eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * math.exp(-args.epsilon_decay * steps)
+                mean_qs.append(float(mean_q))
             ended = terminated or truncated or steps == args.max_steps
-        log.add({"reward": [length], "avg loss": losses, "mean q": largest_q}, f", eps {eps:.3f}")
+        log.add({"reward": [length], "avg loss": losses, "mean q": mean_qs}, f", eps {eps:.3f}")
     log.finish(evaluate(env, q_values, log, primary_network, args.gamma))
     if seed == args.seed:
         primary_network.save(run.folder / f"{arm}.keras")
@@ -243,7 +247,7 @@ def evaluate(env, q_values, log, network, gamma):
     averages = moving_average(log.record["history"]["reward"])
     return {
         "reward": averages[-1].item(),
-        "episodes_to_180": int(np.argmax([*(averages > 180), True])) + 1,  # one more: never
+        "episodes_to_180": int(np.argmax(np.append(averages > 180, True))) + 1,  # if not: all + 1
         "greedy_reward": statistics.mean(rewards),
         "overestimation": np.mean(errors).item(),
         "parameters": network.count_params(),
@@ -251,13 +255,13 @@ def evaluate(env, q_values, log, network, gamma):
 
 
 # --- Figures ---
-# The article's, reward by episode; and what the article is about, the Q values beside their truth.
+# The article's figure, the reward by episode; then the Q values beside the largest true one.
 def plot(run):
     """Draw the reward and the mean Q value of each arm by episode."""
-    figure, axes = plot_episodes(run, "reward")
+    figure, axes = plot_episodes(run.results["arms"], "reward")
     axes.set_title(f"CartPole, each step pays N(1, {run.args.random_reward_std:g})")
     figure.savefig(run.folder / "reward.png")
-    figure, axes = plot_episodes(run, "mean q")
+    figure, axes = plot_episodes(run.results["arms"], "mean q")
     axes.set_title("Largest Q value of the next states")
     if run.args.gamma < 1:
         axes.axhline(1 / (1 - run.args.gamma), color="black", label="a pole that never falls")
@@ -272,15 +276,13 @@ def main(argv=None):
     add = parser.add_argument
     add("--max-steps", type=int, help="end a training after this many environment steps")
     add("--random-reward-std", type=float, default=1.0, help="standard deviation of a reward")
-    add("--epsilon-decay", type=float, default=0.0005, help="LAMBDA of the article")
-    add("--gamma", type=float, default=0.95, help="discount of the reward of the next step")
+    add("--epsilon-decay", type=float, default=0.0005, help="how fast epsilon falls (LAMBDA)")
+    add("--gamma", type=float, default=0.95, help="what a reward one step later is worth")
     add("--tau", type=float, default=0.08, help="how fast the target network follows")
-    add("--runs", type=int, default=1, help="trainings of each arm, with seeds that follow")
+    add("--runs", type=int, default=1, help="trainings of each arm, from --seed onwards")
     add("--arms", nargs="+", choices=ARMS, default=ARMS[:2], help="agents to train")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     with Run(parse_flags(parser, argv), "CartPole") as run:
-        with contextlib.suppress(RuntimeError):  # too late in a process that has trained before
-            tf.config.threading.set_intra_op_parallelism_threads(1)  # two would wait for each other
         show_max_bias(run.args.seed, run.folder)
         for arm in dict.fromkeys(run.args.arms):  # each of them once
             for seed in range(run.args.seed, run.args.seed + run.args.runs):
@@ -291,14 +293,14 @@ def main(argv=None):
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
 def make_parser(*names, default, several=False):
-    """Return a parser with the flags of every script; `names` are those of the first one."""
+    """Return a parser with the flags of every script; `names` are the names of the first flag."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
+    add("--logdir", default="log", help="folder in which each run makes its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -308,25 +310,24 @@ def select_device(name, several):
     gpus = tf.config.list_physical_devices("GPU")
     choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
     choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
 
 
 def parse_flags(parser, argv):
-    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:
-        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
+        raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -339,7 +340,7 @@ class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
     def __init__(self, args, data, results=None):
-        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
@@ -354,7 +355,7 @@ class Run:
         self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
         self.results["complete"] = False
-        with self:  # this writes results.json
+        with self:  # its end writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
@@ -362,19 +363,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
+        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
+        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
+        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def write(self):
-        """Replace results.json in one step, unless a number in it is not finite."""
+        """Write results.json beside the old one and rename it, so that it is never half written."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
@@ -386,13 +388,11 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
-            columns = record["final"], article, record.get("spread", {})
-            for metric in record["final"]:
-                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+            for metric, value in record["final"].items():
+                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')
@@ -413,7 +413,7 @@ class EpisodeLog:
         self.start = time.perf_counter()
 
     def add(self, values, note=""):
-        """Record an episode, {tag: list of numbers}: their mean, or None where there are none."""
+        """Record an episode, {tag: list of numbers}: the mean of each list, None if it is empty."""
         self.episodes += 1
         means = {tag: statistics.mean(v) if v else None for tag, v in values.items()}
         with self.writer.as_default(step=self.episodes):
@@ -430,24 +430,24 @@ class EpisodeLog:
     def finish(self, final):
         """Record the final numbers of this training; the arm's are the means over its runs."""
         self.record["final"] = final
-        runs = self.arm["runs"]
-        self.arm["seconds"] = sum(run["seconds"] for run in runs)
+        self.arm["seconds"] = sum(run["seconds"] for run in self.arm["runs"])
         for metric in final:
-            values = [run["final"][metric] for run in runs]
+            values = [run["final"][metric] for run in self.arm["runs"]]
             self.arm["final"][metric] = statistics.mean(values)
-            if len(runs) > 1:
+            if len(values) > 1:
                 self.arm.setdefault("spread", {})[metric] = statistics.stdev(values)
         self.run.write()
 
 
 def play(env, policy):
     """Play an episode with policy(state) -> action; return the sum of its rewards."""
-    (state, _), total, ended = env.reset(), 0.0, False
-    while not ended:
+    state, _ = env.reset()
+    total = 0.0
+    while True:
         state, reward, terminated, truncated, _ = env.step(policy(state))
         total += reward
-        ended = terminated or truncated
-    return total
+        if terminated or truncated:
+            return total
 
 
 def save_gif(env, policy, path):
@@ -459,21 +459,22 @@ def save_gif(env, policy, path):
 
 
 def moving_average(values):
-    """Return the mean of each value and of up to 19 before it; None is not a number."""
+    """Return the mean of each value and up to 19 before it; NaN where one of them is None."""
     values = np.array(values, "float64")
     return np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
 
 
-def plot_episodes(run, metric):
-    """Return a figure and its axes: a metric of each arm, its mean and spread over the runs."""
+def plot_episodes(arms, metric):
+    """Draw a metric by episode, each arm's mean and spread over runs; return figure and axes."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, record in run.results["arms"].items():
+    for arm, record in arms.items():
         histories = [training["history"][metric] for training in record["runs"]]
         length = min(len(history) for history in histories)
         averages = np.array([moving_average(history[:length]) for history in histories])
         mean, spread = averages.mean(axis=0), averages.std(axis=0)  # (length,)
-        axes.plot(mean, label=arm)
-        axes.fill_between(range(length), mean - spread, mean + spread, alpha=0.2)
+        episodes = range(1, length + 1)
+        axes.plot(episodes, mean, label=arm)
+        axes.fill_between(episodes, mean - spread, mean + spread, alpha=0.2)
     axes.set(xlabel="episode", ylabel=f"{metric} (mean of 20 episodes)")
     axes.legend()
     return figure, axes

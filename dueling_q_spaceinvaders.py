@@ -1,27 +1,27 @@
-"""Teach a dueling Q network Space Invaders from its screen, with 200,000 frames to draw from.
+"""Teach a dueling Q network Space Invaders from its screen, with a memory of 200,000 frames.
 
 Article: "Atari Space Invaders and Dueling Q RL in TensorFlow 2" (Adventures in Machine Learning).
 
-The agent sees three grey frames at a time, so that it can tell what moves where. One stream of
-layers judges the situation, another one the six actions. The agent first plays at random, then more
-and more as it thinks best, and after each step it learns from 32 earlier ones, drawn from memory.
+The agent sees the last three frames in grey, so that it can tell what moves where. One stream of
+layers judges the situation, another one the six actions. For 50,000 steps it plays at random. Then
+it chooses more and more actions itself, and after each step it learns from 32 stored ones.
 
-    python dueling_q_spaceinvaders.py                     # hours on a CPU; it may be stopped
-    python dueling_q_spaceinvaders.py --resume RUN_DIR    # and goes on later
+    python dueling_q_spaceinvaders.py                     # takes hours on a CPU; Ctrl-C stops it
+    python dueling_q_spaceinvaders.py --resume RUN_DIR    # goes on with a stopped run
 
-Result (seed 0): the reward rises, from 161 points a game at random to 265 in games 697 to 796. Ten
-greedy games then made 256. After game 1,050 it falls again, to 186 in the last 100 of 1,206 games.
+Result (seed 0): the reward rises from 161 points a game at random to 265 in games 697 to 796. Ten
+greedy games then make 256. After game 1,050 it falls again, to 186 in the last 100 of 1,206 games.
 
 Differences from the article:
-1. A sampled state ends with the frame that its action was chosen for, not one frame earlier.
-2. No state mixes two games. A game's first frame, which the article never stores, is repeated.
-3. A full memory is drawn from as a whole; the article's from 32 slots, then one more each step.
-4. Frames are kept in a file as uint8, 8,400 bytes each, and not as float32 along the last axis.
-5. The advantages' mean is that of each state, not of the batch. The target starts as a copy.
+1. A sampled state ends with the frame that the agent acted on. The article's is one frame older.
+2. No state mixes two games. The first frame of a game is stored, and repeated to make a state.
+3. A full memory is drawn from as a whole. The article draws from 32 frames of it, then from 33, ...
+4. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
+5. The advantages' mean is taken over the actions, not the batch. The target starts as a copy.
 6. Epsilon falls evenly until step 550,000; the article's jumps. `avg loss` counts trained steps.
-7. Adam has a learning rate of 2.5e-4 and an epsilon of 3e-4. Its default epsilon of 1e-7 makes full
-   steps of the tiny first gradients. They kill ReLU units: after 300 steps 44 to 93 of the
-   advantage stream's 256 are left; here 203 to 228 (seeds 0 to 4).
+7. Adam has a learning rate of 2.5e-4 and an epsilon of 3e-4. With its default epsilon of 1e-7 even
+   tiny gradients move the weights by full steps and kill ReLU units: after 300 steps 44 to 93 of
+   the advantage stream's 256 still answer, with ours 203 to 228 (seeds 0 to 4).
 """
 
 # /// script
@@ -38,7 +38,7 @@ import pathlib
 import sys
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import ale_py
@@ -50,7 +50,7 @@ import tensorflow as tf
 
 SCRIPT = "dueling_q_spaceinvaders"
 MODULES = (tf, keras, np, gymnasium, ale_py)  # results.json names their versions
-ARTICLE = {"dueling": {}}  # its figure rises over 1,500 games; it names 60 points at number 50
+ARTICLE = {"dueling": {}}  # its figure rises over 1,500 games; it names 60 points in game 50
 POST_PROCESS_IMAGE_SIZE = (105, 80)
 NUM_FRAMES = 3
 NUM_ACTIONS = 6
@@ -69,13 +69,13 @@ EVALUATION_GAMES = 10
 # --- Environment ---
 # The screen is made grey and halved. Three such frames in a row are what the agent sees.
 def make_env():
-    """Return the game in the rhythm of the article's SpaceInvaders-v0: 2 to 4 frames a step.
+    """Return the game with the dynamics of the article's SpaceInvaders-v0: 2 to 4 frames a step.
 
-    In the rhythm of v5, which is always 4, no bomb of the invaders is ever seen.
+    In v5 a step is always 4 frames, and the frames that the agent then sees show no enemy bomb.
     """
     gymnasium.register_envs(ale_py)
-    rhythm = {"frameskip": (2, 5), "repeat_action_probability": 0.25}
-    return gymnasium.make("ALE/SpaceInvaders-v5", **rhythm)
+    game = "ALE/SpaceInvaders-v5"
+    return gymnasium.make(game, frameskip=(2, 5), repeat_action_probability=0.25)
 
 
 def image_preprocess(image):
@@ -86,7 +86,8 @@ def image_preprocess(image):
     """
     grey = image @ np.float32([0.2989, 0.5870, 0.1140])
     rows = grey[::2] + grey[1::2]  # (105, 160)
-    return np.uint8((rows[:, ::2] + rows[:, 1::2]) / 4 + 0.5)
+    sums = rows[:, ::2] + rows[:, 1::2]  # (105, 80)
+    return np.uint8(sums / 4 + 0.5)  # rounded
 
 
 def start_game(env, seed=None):
@@ -101,17 +102,17 @@ def process_state_stack(state_stack, frame):
 
 
 # --- Model ---
-# As in dueling_q_cartpole.py, Q is a value and six advantages, here above two convolutions.
+# As in dueling_q_cartpole.py, Q is a value plus an advantage. Two convolutions read the frames.
 @tf.function(jit_compile=True)
 def network_input(frames):
-    """Return frames (batch, n, 105, 80), uint8, as (batch, 105, 80, n) from 0 to 1."""
+    """Return frames (batch, n, 105, 80), uint8, as Conv2D wants them: (batch, 105, 80, n)."""
     return tf.cast(tf.transpose(frames, (0, 2, 3, 1)), tf.float32) / 255
 
 
 def DQModel(hidden_size, num_actions):
     """Return the network: states (batch, 105, 80, NUM_FRAMES) to Q (batch, num_actions).
 
-    It is no class, so that Keras can load what it saved without this file.
+    It is a function and not a class, so that Keras can load a saved network without this file.
     """
     he = {"kernel_initializer": "he_normal"}
     inputs = keras.Input((*POST_PROCESS_IMAGE_SIZE, NUM_FRAMES))
@@ -122,7 +123,7 @@ def DQModel(hidden_size, num_actions):
     adv = keras.layers.Dense(num_actions, name="adv_out", **he)(adv)  # (batch, num_actions)
     v = keras.layers.Dense(hidden_size, "relu", name="v_dense", **he)(x)
     v = keras.layers.Dense(1, name="v_out", **he)(v)  # (batch, 1)
-    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # axis 1: of each state
+    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # axis 1: over the actions
     return keras.Model(inputs, keras.layers.Add()([v, norm_adv]))
 
 
@@ -139,7 +140,7 @@ SLOT = [
 
 
 class Memory:
-    """The newest frames, each with the step that led to it, in a file that outlives a kill."""
+    """The newest frames, each with the step that led to it, in a file that survives a kill."""
 
     def __init__(self, path, max_memory):
         size = max_memory * np.dtype(SLOT).itemsize
@@ -150,33 +151,35 @@ class Memory:
         self.added = int(self.slots["number"].max())
 
     def add_sample(self, frame, action=0, reward=0.0, terminal=False, start=False):
-        """Put a frame in the oldest one's place; no step led to the `start` of a game."""
+        """Store a frame and the step that led to it. No step leads to the `start` of a game."""
         self.added += 1
-        slot = frame, action, reward, terminal, start, self.added
-        self.slots[self.added % len(self.slots)] = slot
+        place = self.added % len(self.slots)  # that of the oldest frame
+        self.slots[place] = frame, action, reward, terminal, start, self.added
 
     def sample(self, no_samples):
-        """Draw steps, each of those in memory alike; return frames, actions, rewards, terminals.
+        """Draw stored steps, each equally likely; return frames, actions, rewards, terminals.
 
-        A step needs four frames in a row: three are the state, and the last three are the next
-        state. So draw the number of a last frame and go back from there. Before a game's first
-        frame comes that frame again. Draw anew where no step led to the frame, or where the frames
-        before it have been overwritten.
+        A step needs four frames in a row: the first three are its state, the last three its next
+        state. So draw the number of the last frame and count back. The first frame of a game stands
+        for those before it. Draw again if no step led to the last frame, because it is the first of
+        a game, or if one of the four has been overwritten.
         """
         size, starts = len(self.slots), self.slots["start"]
         oldest = max(1, self.added - size + 2)  # a kill may have left the next slot half written
         windows = []
         while len(windows) < no_samples:
-            window = [np.random.randint(oldest, self.added + 1)]
-            if starts[window[0] % size]:
+            number = np.random.randint(oldest, self.added + 1)
+            if starts[number % size]:
                 continue
-            while len(window) <= NUM_FRAMES:
-                first = window[0]
-                window.insert(0, first if starts[first % size] else first - 1)
-            if window[0] >= oldest:
+            window = [number]
+            for _ in range(NUM_FRAMES):
+                if not starts[number % size]:
+                    number -= 1
+                window.insert(0, number)
+            if number >= oldest:
                 windows.append(window)
         places = np.array(windows) % size  # (no_samples, NUM_FRAMES + 1)
-        steps = self.slots[places[:, -1]]
+        steps = self.slots[places[:, -1]]  # those that led to the last frames
         columns = [steps[name].astype("float32") for name in ("action", "reward", "terminal")]
         return self.slots["frame"][places], *columns
 
@@ -189,7 +192,7 @@ def choose_action(state, q_values, eps):
 
 
 def train(batch, primary_network, apply_gradients, target_network=None):
-    """Take a gradient step; return the loss before it and the mean of the next states' largest Q.
+    """Take a gradient step; return its loss, and the mean of the largest Q of each next state.
 
     `batch` is what Memory.sample returns. Without a target network this is deep Q learning.
     """
@@ -215,7 +218,7 @@ def train(batch, primary_network, apply_gradients, target_network=None):
 
 @tf.function(jit_compile=True)
 def update_network(primary_network, target_network):
-    """Move each weight t of the target towards e of the primary network: t (1 - TAU) + e TAU."""
+    """Move each weight t of the target towards the primary's e: t becomes t (1 - TAU) + e TAU."""
     for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
         t.assign_add(TAU * (e - t))
 
@@ -229,15 +232,15 @@ class Agent:
         self.target_network = DQModel(HIDDEN_SIZE, NUM_ACTIONS)
         self.target_network.set_weights(self.primary_network.get_weights())
         optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=ADAM_EPSILON)
-        optimizer.build(self.primary_network.trainable_variables)  # before it is compiled
+        optimizer.build(self.primary_network.trainable_variables)  # compiled code cannot do it
         self.apply_gradients = tf.function(optimizer.apply, jit_compile=True)
+        weights = self.primary_network.variables + self.target_network.variables
+        self.variables = weights + optimizer.variables
         self.episodes = self.steps = 0
-        networks = self.primary_network.variables + self.target_network.variables
-        self.variables = networks + optimizer.variables
 
     @tf.function  # without XLA: on a CPU TensorFlow's own convolutions are faster
     def learn(self, *batch):
-        """Train the primary network, let the target network follow; return what train does."""
+        """Train the primary network, let the target network follow; return the results of train."""
         target_network = self.target_network if DOUBLE_Q else None
         results = train(batch, self.primary_network, self.apply_gradients, target_network)
         update_network(self.primary_network, self.target_network)
@@ -249,7 +252,7 @@ class Agent:
         return self.primary_network(network_input(states))
 
     def save(self, folder):
-        """Replace the last checkpoint in one step; it is one file, so a kill cannot halve it."""
+        """Write the checkpoint beside the old one and rename it: a kill never leaves half of it."""
         counts = np.array([self.episodes, self.steps])
         values = [variable.numpy() for variable in self.variables]
         np.savez(folder / "checkpoint.new.npz", counts, *values)
@@ -269,12 +272,13 @@ class Agent:
 # One game after the other. Once the random phase is over, each step is followed by a gradient step.
 def play_and_learn(env, agent, memory, args):
     """Play a game and learn from it; print the article's line; return its values and pictures."""
-    losses, largest_q, pictures = [], [], []
+    losses, mean_qs, pictures = [], [], []
     keep_pictures = (agent.episodes + 1) % args.gif_every == 0
-    state, total, ended = start_game(env), 0.0, False
+    state = start_game(env)
     memory.add_sample(state[-1], start=True)
+    total, ended = 0.0, False
     while not ended:
-        trained_steps = agent.steps - args.delay_training
+        trained_steps = agent.steps - args.delay_training  # below 0 in the random phase
         eps = np.interp(trained_steps, [0, args.epsilon_min_iter], [MAX_EPSILON, MIN_EPSILON])
         action = choose_action(state, agent.q_values, eps)
         image, reward, terminated, truncated, _ = env.step(action)
@@ -282,10 +286,10 @@ def play_and_learn(env, agent, memory, args):
         memory.add_sample(state[-1], action, reward, terminated)
         total += reward
         agent.steps += 1
-        if min(agent.steps, memory.added) > args.delay_training:
+        if min(agent.steps, memory.added) > args.delay_training:  # a lost memory is refilled first
             loss, mean_q = agent.learn(*memory.sample(BATCH_SIZE))
             losses.append(float(loss))
-            largest_q.append(float(mean_q))
+            mean_qs.append(float(mean_q))
         if keep_pictures:
             pictures.append(image)
         ended = terminated or truncated or agent.steps == args.max_steps
@@ -294,7 +298,7 @@ def play_and_learn(env, agent, memory, args):
     if not losses:
         print(f"Pre-training... {line}")
         return {"reward": total, "avg loss": None, "mean q": None}, pictures
-    avg_loss, mean_q = np.mean(losses).item(), np.mean(largest_q).item()
+    avg_loss, mean_q = np.mean(losses).item(), np.mean(mean_qs).item()
     print(f"{line}, avg loss {avg_loss:.5f}, eps {eps:.3f}")
     return {"reward": total, "avg loss": avg_loss, "mean q": mean_q}, pictures
 
@@ -307,7 +311,7 @@ def train_agent(env, agent, run):
     record = run.results["arms"].setdefault("dueling", new)
     for values in record["history"].values():
         del values[agent.episodes :]  # what came after the checkpoint is played again
-    env.reset(seed=args.seed + agent.episodes)  # only here: seeding loads the game anew, slowly
+    env.reset(seed=args.seed + agent.episodes)  # only here: a seed reloads the game, which is slow
     memory = Memory(run.folder / "replay", args.replay_size)
     writer = tf.summary.create_file_writer(str(run.folder / "dueling"))
     start = time.perf_counter() - record["seconds"]
@@ -322,7 +326,7 @@ def train_agent(env, agent, run):
                     tf.summary.scalar(tag, value)
         record["seconds"] = time.perf_counter() - start
         run.write()
-        agent.save(run.folder)  # after results.json, which so never lacks a game of it
+        agent.save(run.folder)  # after results.json, which then has every game of the checkpoint
 
 
 def evaluate(env, agent, eps, seed, path):
@@ -333,7 +337,9 @@ def evaluate(env, agent, eps, seed, path):
     rewards, actions, states, best_game = [], [], [], []
     for game_seed in range(seed + 1000, seed + 1000 + EVALUATION_GAMES):
         keras.utils.set_random_seed(game_seed)  # for the random actions
-        state, total, ended, pictures = start_game(env, game_seed), 0.0, False, []
+        state = start_game(env, game_seed)
+        pictures = []
+        total, ended = 0.0, False
         while not ended:
             if len(actions) % 10 == 0:
                 states.append(state)
@@ -384,7 +390,7 @@ def finish(env, agent, run):
 # --- Figures ---
 # The article's: the reward by game, and some of the games themselves.
 def save_gif(pictures, path):
-    """Write screens (210, 160, 3) as an animation of the article's size, 20 a second as played."""
+    """Save screens (210, 160, 3) as an animation of the article's size, as fast as the game is."""
     pictures = [keras.utils.array_to_img(picture, scale=False) for picture in pictures]
     first, *others = [picture.quantize().resize((320, 480)) for picture in pictures]
     first.save(path, save_all=True, append_images=others, duration=50, loop=0)
@@ -413,10 +419,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--max-steps", type=int, help="end a training after this many environment steps")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--replay-size", type=int, default=200000, help="frames to draw from")
-    add("--delay-training", type=int, default=50000, help="random steps first")
-    add("--epsilon-min-iter", type=int, default=500000, help="steps of epsilon's fall")
-    add("--gif-every", type=int, default=50, help="episodes from one GIF to the next")
+    add("--replay-size", type=int, default=200000, help="frames in memory")
+    add("--delay-training", type=int, default=50000, help="random steps before training starts")
+    add("--epsilon-min-iter", type=int, default=500000, help="steps over which epsilon falls")
+    add("--gif-every", type=int, default=50, help="save one episode in so many")
     args, results = read_run(parser, argv)
     if args.replay_size <= BATCH_SIZE:
         parser.error(f"argument --replay-size: {args.replay_size} is too small")
@@ -432,14 +438,14 @@ def main(argv=None):
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
 def make_parser(*names, default, several=False):
-    """Return a parser with the flags of every script; `names` are those of the first one."""
+    """Return a parser with the flags of every script; `names` are the names of the first flag."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
+    add("--logdir", default="log", help="folder in which each run makes its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -449,25 +455,24 @@ def select_device(name, several):
     gpus = tf.config.list_physical_devices("GPU")
     choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
     choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
 
 
 def parse_flags(parser, argv):
-    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:
-        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
+        raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -480,7 +485,7 @@ class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
     def __init__(self, args, data, results=None):
-        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
@@ -495,7 +500,7 @@ class Run:
         self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
         self.results["complete"] = False
-        with self:  # this writes results.json
+        with self:  # its end writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
@@ -503,19 +508,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
+        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
+        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
+        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def write(self):
-        """Replace results.json in one step, unless a number in it is not finite."""
+        """Write results.json beside the old one and rename it, so that it is never half written."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
@@ -527,13 +533,11 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
-            columns = record["final"], article, record.get("spread", {})
-            for metric in record["final"]:
-                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+            for metric, value in record["final"].items():
+                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')
@@ -542,9 +546,9 @@ class Run:
 
 # --- Frame, resume: the same text in every script that can go on after an interruption ---
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names, or None.
+    """Return the flags, and the results of the run that --resume names (else None).
 
-    That run's flags hold. Only --epochs, --max-steps and --device may be given anew.
+    The flags are those of that run. Only --epochs, --max-steps and --device may change.
     """
     args = parse_flags(parser, argv)
     if args.resume is None:
@@ -559,7 +563,7 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to go on with")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
     return args, results
 
 

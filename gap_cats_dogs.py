@@ -1,24 +1,24 @@
-"""Compare back ends for a small cats-and-dogs network: dense layers against average pooling.
+"""Compare four cats-and-dogs networks, which end in dense layers or in average pooling.
 
 Article: "An introduction to Global Average Pooling in convolutional neural networks".
 
-Dense layers behind the convolutions hold nearly all of a network's weights, and can learn its
-training images by heart. Global average pooling (GAP) has no weights: it keeps the mean of each
-feature map. The four networks trained here differ in what follows the convolutions.
+Dense layers after the convolutions hold nearly all of a network's weights, and can memorise the
+training images. Global average pooling (GAP) has no weights: of each feature map it keeps only the
+mean. The four networks trained here differ in what follows the convolutions.
 
     python gap_cats_dogs.py                          # four networks, 7 epochs each; fetches 800 MB
     python gap_cats_dogs.py --epochs 2 --synthetic   # a quick look, without a download
 
 Result, seeds 0 to 2, training / validation accuracy: fc 0.981 / 0.763 +- 0.043, fc_dropout 0.915 /
 0.787 +- 0.049, gap 0.809 / 0.687 +- 0.134, avgpool 0.878 / 0.765 +- 0.054. So fc does overfit, but
-pooling is not ahead, and validation swings by 0.1 between two epochs.
+pooling is not better. From one epoch to the next, validation can change by 0.1 and more.
 
 Differences from the article:
-1. Each network has its own head, with the same first weights. The article's networks share one.
-2. `gap` averages whole feature maps. The article's "GAP" averages 2x2 pixels: here `avgpool`.
+1. Each network trains its own head, from the same first weights. The article's networks share one.
+2. `gap` averages whole feature maps. The article's "GAP" averages squares of 2x2: here `avgpool`.
 3. Each validation image counts once; the article's ten batches of 1,000 repeat its 2,326 images.
-4. The test images, which the article forgets, are evaluated once, at the end.
-5. Images are decoded once and kept as whole grey levels. The network divides them by 255.
+4. The test images, which the article never uses, are evaluated once, at the end.
+5. Images are decoded once, resized, and rounded to whole numbers. The network divides by 255.
 6. All training images are shuffled together, not within a window of 1,000.
 """
 
@@ -36,7 +36,7 @@ import pathlib
 import sys
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 # Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
 # This line can go once Colab has protobuf 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
@@ -51,15 +51,15 @@ from keras import layers
 
 SCRIPT = "gap_cats_dogs"
 MODULES = (tf, keras, np)  # results.json names their versions
-ARTICLE = {  # at epoch 7; its code trains fc for 10 epochs, which end at 0.9876 and 0.8420
+ARTICLE = {  # after 7 epochs; after the 10 in its code, fc has 0.9876 (training) and 0.8420
     "fc": {"val_accuracy": 0.8130},
     "fc_dropout": {"accuracy": 0.9211, "val_accuracy": 0.8272},
-    "gap": {},
+    "gap": {},  # the article does not train this one
     "avgpool": {"accuracy": 0.8905, "val_accuracy": 0.8533},
 }
 IMAGE_SIZE = 100
 SYNTHETIC_COUNTS = (800, 96, 104)  # images to train, to validate and to test
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or lines
+VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
 
 
 # --- Data ---
@@ -68,25 +68,25 @@ def load_data(args):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
     if args.synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
-    if not hasattr(tfds, "load"):  # its import has failed, before this script was pasted
+    if not hasattr(tfds, "load"):  # an earlier cell imported it without the line for protobuf above
         advice = 'pip install "tensorflow-metadata<1.18" and restart Python'
-        raise SystemExit(f"error: tensorflow_datasets did not get on with protobuf; {advice}")
+        raise SystemExit(f"error: tensorflow_datasets was only half imported; {advice}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
         return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
-    except Exception as error:  # TFDS has many types of its own
+    except Exception as error:  # TFDS raises many kinds of exceptions
         reason = f"{type(error).__name__}: {error}"
         raise SystemExit(f"error: no cats_vs_dogs ({reason}); use --synthetic") from None
 
 
 def synthetic_photographs(count):
-    """Return made-up images (height, width, 3), uint8: bands that lie (0) or stand (1)."""
+    """Return made-up images (height, width, 3), uint8: rows of colour (0) or columns (1)."""
 
     def draw(i):
         bands = tf.random.stateless_uniform([8, 1, 3], (count, i), 0.0, 255.0)
-        image = tf.where(i % 2 == 0, bands, tf.transpose(bands, (1, 0, 2)))  # (8, 8, 3)
-        size = tf.random.stateless_uniform([2], (i, count), 80, 160, tf.int32)
+        image = tf.where(i % 2 == 0, bands, tf.image.transpose(bands))  # broadcast to (8, 8, 3)
+        size = tf.random.stateless_uniform([2], (i, count), minval=80, maxval=160, dtype=tf.int32)
         return tf.cast(tf.image.resize(image, size), tf.uint8), i % 2
 
     return tf.data.Dataset.range(count).map(draw)
@@ -101,22 +101,23 @@ def plot_samples(run, cat_train):
 
 
 def pre_process_image(image, label):
-    """Resize an image to (100, 100, 3) and round it to uint8, which needs little memory."""
+    """Resize an image to (100, 100, 3); uint8 needs a quarter of the memory of float32."""
     image = tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE))  # float32
     return tf.cast(tf.round(image), tf.uint8), label
 
 
 def make_datasets(sets, batch_size, window, seed):
-    """Return the endless training set, and the others in batches of 240: 1,000 take gigabytes."""
+    """Return the training set, which repeats, and the others, each in batches."""
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
-    return cat_train.prefetch(tf.data.AUTOTUNE), cat_valid.batch(240), cat_test.batch(240)
+    cat_train = cat_train.prefetch(tf.data.AUTOTUNE)
+    return cat_train, cat_valid.batch(240), cat_test.batch(240)  # 1,000 images take gigabytes
 
 
 # --- Model ---
 # All networks begin with a head of the same kind. What follows it is what the article compares.
 def build_head():
-    """Return the convolutional head: pixels (100, 100, 3), 0 to 255, to maps (10, 10, 64)."""
+    """Return the convolutional head. It turns pixels (100, 100, 3) into maps (10, 10, 64)."""
     head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
     head.add(layers.Rescaling(1 / 255))
     head.add(layers.Conv2D(32, (3, 3)))  # (98, 98, 32)
@@ -137,7 +138,7 @@ def build_head():
 
 
 def build_model(arm):
-    """Return the compiled network of an arm: from pixels to the probability of a dog."""
+    """Return the compiled network `arm`. It turns pixels into the probability of a dog."""
     head = build_head()  # made first, so that one seed gives all arms the same head
     if arm in ("fc", "fc_dropout"):
         standard_classifier = keras.Sequential()
@@ -166,23 +167,25 @@ def build_model(arm):
 
 
 # --- Training ---
-# As in the article, an epoch has as many batches as all three sets would fill: 1.25 passes.
+# As in the article, an epoch is 23262 // 64 batches: 1.25 times through the training images.
 def train(arm, run, sets):
-    """Train an arm, from the last epoch that it finished, and record its final numbers."""
-    args, saver = run.args, SaveEpochs(run, arm)
+    """Train a network, or go on after its last finished epoch, and record its final numbers."""
+    args = run.args
+    saver = SaveEpochs(run, arm)
     keras.utils.set_random_seed(args.seed)
-    window = 1000 if args.no_cache else len(sets[0])  # images in memory cost nothing to shuffle
+    window = 1000 if args.no_cache else len(sets[0])  # images in memory can all be shuffled
     cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, window, args.seed)
-    steps = args.steps_per_epoch or max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
+    image_count = sum(len(dataset) for dataset in sets)  # 23262
+    steps = args.steps_per_epoch or max(1, image_count // args.batch_size)
     model = keras.models.load_model(saver.path) if saver.path.exists() else build_model(arm)
-    print(f"{arm}: {model.layers[-1].count_params():,} parameters behind the head")
+    print(f"{arm}: {model.layers[-1].count_params():,} parameters after the head")
     model.fit(
         cat_train,
         steps_per_epoch=steps,
         epochs=args.epochs,
         initial_epoch=int(model.optimizer.iterations.numpy()) // steps,
         validation_data=cat_valid,
-        shuffle=False,  # the dataset does it
+        shuffle=False,  # the dataset already is
         verbose=VERBOSE,
         callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver],
     )
@@ -198,7 +201,7 @@ def plot(run):
     for metric in ("accuracy", "loss"):
         figure, axes = plt.subplots(1, len(arms), sharey=True, squeeze=False, figsize=(11, 5))
         figure.suptitle(f"{run.results['data']}: {metric}")
-        for axis, (arm, record) in zip(axes[0], arms.items()):
+        for axis, (arm, record) in zip(axes[0], arms.items()):  # a row, even of one
             epochs = range(1, len(record["history"][metric]) + 1)
             axis.plot(epochs, record["history"][metric], "r.-", label="training")
             axis.plot(epochs, record["history"][f"val_{metric}"], "b.-", label="validation")
@@ -212,12 +215,12 @@ def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", default=7, several=True)
     add = parser.add_argument
-    add("--steps-per-epoch", type=int, help="batches an epoch; without it, images // batch size")
+    add("--steps-per-epoch", type=int, help="batches per epoch; if not given, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--batch-size", type=int, default=64, help="images a batch")
-    add("--data-dir", help="folder of cats_vs_dogs; without it, that of TFDS")
-    add("--no-cache", action="store_true", help="decode the images in every epoch; saves memory")
+    add("--batch-size", type=int, default=64, help="images per batch")
+    add("--data-dir", help="folder of cats_vs_dogs; if not given, that of TFDS")
+    add("--no-cache", action="store_true", help="decode all images in each epoch, to save memory")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
     args, results = read_run(parser, argv)
     data = "synthetic" if args.synthetic else "cats_vs_dogs"
@@ -227,8 +230,8 @@ def main(argv=None):
         sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE) for dataset in sets]
         if not args.no_cache:
             sets = [dataset.cache() for dataset in sets]  # 700 MB of memory
-        print(f"500 nodes behind (7, 7, 64) maps have {7 * 7 * 64 * 500:,} weights to learn")
-        mirrored = args.device == "all"  # then each device gets its share of every batch
+        print(f"The article's 500 nodes on (7, 7, 64) maps: {7 * 7 * 64 * 500:,} weights to learn")
+        mirrored = args.device == "all"  # each device then gets a part of every batch
         strategy = tf.distribute.MirroredStrategy() if mirrored else tf.distribute.get_strategy()
         with strategy.scope():
             for arm in dict.fromkeys(args.arms):  # each of them once
@@ -239,14 +242,14 @@ def main(argv=None):
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
 def make_parser(*names, default, several=False):
-    """Return a parser with the flags of every script; `names` are those of the first one."""
+    """Return a parser with the flags of every script; `names` are the names of the first flag."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
+    add("--logdir", default="log", help="folder in which each run makes its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -256,25 +259,24 @@ def select_device(name, several):
     gpus = tf.config.list_physical_devices("GPU")
     choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
     choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
 
 
 def parse_flags(parser, argv):
-    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:
-        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
+        raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -287,7 +289,7 @@ class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
     def __init__(self, args, data, results=None):
-        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
@@ -302,7 +304,7 @@ class Run:
         self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
         self.results["complete"] = False
-        with self:  # this writes results.json
+        with self:  # its end writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
@@ -310,19 +312,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
+        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
+        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
+        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def write(self):
-        """Replace results.json in one step, unless a number in it is not finite."""
+        """Write results.json beside the old one and rename it, so that it is never half written."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
@@ -334,13 +337,11 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
-            columns = record["final"], article, record.get("spread", {})
-            for metric in record["final"]:
-                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+            for metric, value in record["final"].items():
+                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')
@@ -349,9 +350,9 @@ class Run:
 
 # --- Frame, resume: the same text in every script that can go on after an interruption ---
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names, or None.
+    """Return the flags, and the results of the run that --resume names (else None).
 
-    That run's flags hold. Only --epochs, --max-steps and --device may be given anew.
+    The flags are those of that run. Only --epochs, --max-steps and --device may change.
     """
     args = parse_flags(parser, argv)
     if args.resume is None:
@@ -366,27 +367,27 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to go on with")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
     return args, results
 
 
 # --- Frame, fit: the same text in every script that calls fit and can go on ---
 class SaveEpochs(keras.callbacks.Callback):
-    """Writes each epoch to results.json, then saves the whole model; each in one step."""
+    """Writes each epoch to results.json, then saves the model; a kill never leaves half a file."""
 
     def __init__(self, run, arm):
         super().__init__()
-        self.run, self.path, self.start = run, run.folder / f"{arm}.keras", time.perf_counter()
+        self.run = run
+        self.path = run.folder / f"{arm}.keras"
         new = {"history": {}, "final": {}, "seconds": 0.0}
         self.record = run.results["arms"].setdefault(arm, new)
+        self.start = time.perf_counter() - self.record["seconds"]
 
     def on_epoch_end(self, epoch, logs=None):
-        for metric, value in logs.items():  # a repeated epoch takes the place of its first try
+        for metric, value in logs.items():  # an epoch trained again replaces its earlier record
             self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
             self.record["final"][metric] = float(value)
-        now = time.perf_counter()
-        self.record["seconds"] += now - self.start
-        self.start = now
+        self.record["seconds"] = time.perf_counter() - self.start
         self.run.write()
         self.model.save(self.path.with_suffix(".tmp.keras"))
         os.replace(self.path.with_suffix(".tmp.keras"), self.path)

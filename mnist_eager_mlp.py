@@ -1,22 +1,22 @@
-"""Train a three-layer network on MNIST by hand: variables, a gradient tape and Adam, nothing else.
+"""Train a network on MNIST with variables, a gradient tape and Adam, but without a Keras model.
 
 Article: "Python TensorFlow Tutorial - Build a Neural Network" (Adventures in Machine Learning).
 
-TensorFlow is first a calculator, whose formulas are graphs. The same operations then make a network
-of four variables. A gradient tape records each forward pass, and its gradients move the weights.
+TensorFlow is first used as a calculator. Then four variables and a few such operations make a
+network. A gradient tape records each forward pass, and Adam changes the weights by the gradients.
 
     python mnist_eager_mlp.py                 # the article's ten epochs, eagerly
     python mnist_eager_mlp.py --compile       # the same step as one compiled graph
     python mnist_eager_mlp.py --synthetic     # a quick look, without a download
 
-Result (seeds 0 to 2, both ways): 97.79 to 97.95 % of the test images are right; article 98.00 %.
+Result (seeds 0 to 2, eager and compiled): 97.79 to 97.95 % of the test images; article 98.00 %.
 
 Differences from the article:
-1. Images become float32 once. The article makes each batch a `tf.Variable` and casts it, slowly.
-2. Only Adam's update runs as a compiled function: eagerly it costs more than the network does.
-3. The test images are a constant, because nothing ever assigns to the article's variable.
+1. Images become float32 once. The article makes each batch a variable and casts it: that is slow.
+2. Adam's update always runs as a compiled function: eagerly it would take longer than the network.
+3. The test images are a constant. The article makes them a variable, but never changes them.
 4. `--compile` is new: it compiles the article's whole training step.
-The article speaks of 5,000 validation images. MNIST has none, so accuracy is on its test images.
+The article mentions 5,000 validation images. Keras has none, so accuracy is on the test images.
 """
 
 # /// script
@@ -33,7 +33,7 @@ import pathlib
 import sys
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
@@ -63,8 +63,9 @@ def show_simple_example(folder):
     c = tf.Variable(1.0, name="c")
     print(const)  # its name, shape and type, and its value as a NumPy number
     print(f"Variable a is {simple_graph(b, c, const).numpy()}")
+    graph = tf.function(simple_graph).get_concrete_function(b, c, const).graph
     with tf.summary.create_file_writer(str(folder / "simple_graph")).as_default():
-        tf.summary.graph(tf.function(simple_graph).get_concrete_function(b, c, const).graph)
+        tf.summary.graph(graph)
 
     b = tf.Variable(np.arange(0, 10), name="b")
     print(b)  # integers: TensorFlow adds them to the float c only after a cast
@@ -80,7 +81,7 @@ def show_simple_example(folder):
 # --- Data ---
 # MNIST holds 70,000 handwritten digits, in grey, of 28 x 28 pixels.
 def load_data(synthetic):
-    """Return (images, labels) to train and to test: (n, 28, 28) and (n,), both uint8."""
+    """Return (images, labels) for training and for testing: (n, 28, 28) and (n,), both uint8."""
     if synthetic:
         return synthetic_data(2000, seed=1), synthetic_data(500, seed=2)
     print("~/.keras/datasets/mnist.npz is fetched once (11 MB); --synthetic needs no network")
@@ -88,7 +89,7 @@ def load_data(synthetic):
 
 
 def synthetic_data(count, seed):
-    """Return made-up images of ten classes, each a pattern of 4 x 4 fields under noise."""
+    """Return made-up images. Each of the ten classes is a pattern of 4 x 4 squares, plus noise."""
     patterns = np.random.default_rng(0).uniform(size=(10, 4, 4)).repeat(7, 1).repeat(7, 2)
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, count, "uint8")
@@ -98,7 +99,7 @@ def synthetic_data(count, seed):
 
 def get_batch(x_data, y_data, batch_size):
     """Draw images (batch_size, 28, 28) and their labels (batch_size,), as the article does."""
-    # An image may be drawn again, so an epoch of 60,000 draws misses 37 % of them, exp(-1).
+    # An image may be drawn twice: 60,000 draws miss about 37 % of the 60,000 images, exp(-1).
     idxs = np.random.randint(0, len(y_data), batch_size)
     return x_data[idxs], y_data[idxs]
 
@@ -106,7 +107,8 @@ def get_batch(x_data, y_data, batch_size):
 # --- Model ---
 # The network is a function of its input and of four variables. There is no Keras model.
 def build_model():
-    """Return the variables [W1, b1, W2, b2]. The biases start with a standard deviation of 1."""
+    """Return the variables [W1, b1, W2, b2]; the biases are drawn with standard deviation 1."""
+
     W1 = tf.Variable(tf.random.normal([784, 300], stddev=0.03), name="W1")
     b1 = tf.Variable(tf.random.normal([300]), name="b1")
     W2 = tf.Variable(tf.random.normal([300, 10], stddev=0.03), name="W2")
@@ -117,7 +119,8 @@ def build_model():
 def nn_model(x_input, W1, b1, W2, b2):
     """Return the logits (batch, 10) of images (batch, 28, 28), which must be float32."""
     x_input = tf.reshape(x_input, (x_input.shape[0], -1))  # (batch, 784)
-    x = tf.nn.relu(tf.add(tf.matmul(x_input, W1), b1))  # (batch, 300)
+    x = tf.add(tf.matmul(x_input, W1), b1)
+    x = tf.nn.relu(x)  # (batch, 300)
     return tf.add(tf.matmul(x, W2), b2)
 
 
@@ -127,15 +130,15 @@ def loss_fn(logits, labels):
 
 
 # --- Training ---
-# A step is a forward pass on tape, its gradient, and Adam's update; 600 steps make an epoch.
+# A step is a forward pass on the tape, its gradients, and Adam's update. An epoch has 600 steps.
 def train_step(batch_x, batch_y, weights, optimizer):
-    """Move the weights down the gradient; return the loss before it. Labels: (batch,), integers."""
+    """Update the weights once; return the loss from before. The labels (batch,) are integers."""
     batch_y = tf.one_hot(batch_y, 10)  # (batch, 10)
     with tf.GradientTape() as tape:  # remembers the operations that follow
         logits = nn_model(batch_x, *weights)
         loss = loss_fn(logits, batch_y)
     gradients = tape.gradient(loss, weights)
-    optimizer.apply(gradients)
+    optimizer.apply(gradients)  # to the weights that it was built for
     return loss
 
 
@@ -148,8 +151,8 @@ def train(run, data):
     keras.utils.set_random_seed(args.seed)
     weights = build_model()
     optimizer = keras.optimizers.Adam()
-    optimizer.build(weights)  # a compiled function may not make variables
-    optimizer.apply = tf.function(optimizer.apply)  # many small operations: slow eagerly
+    optimizer.build(weights)  # Adam makes its variables here: a compiled function cannot
+    optimizer.apply = tf.function(optimizer.apply)  # many small operations, slow one by one
     step = tf.function(train_step, jit_compile=True) if args.compile else train_step
     total_batch = args.steps_per_epoch or max(1, len(y_train) // args.batch_size)
     show_bar = sys.stdout.isatty() or "ipykernel" in sys.modules
@@ -163,7 +166,7 @@ def train(run, data):
             loss = step(tf.constant(batch_x), tf.constant(batch_y), weights, optimizer)
             avg_loss += loss / total_batch
             bar.update(i + 1)
-        max_idxs = tf.argmax(nn_model(x_test, *weights), axis=1)  # the digit of each test image
+        max_idxs = tf.argmax(nn_model(x_test, *weights), axis=1)  # the digits that it predicts
         test_acc = np.mean(max_idxs.numpy() == y_test)
         print(f"Epoch: {epoch + 1}, loss={avg_loss:.3f}, test set accuracy={100 * test_acc:.3f}%")
         losses.append(float(avg_loss))
@@ -174,7 +177,7 @@ def train(run, data):
 
 
 def record_epoch(run, weights, losses, accuracies, seconds):
-    """Write all epochs so far to results.json, and the last one to TensorBoard's curves."""
+    """Write all epochs so far to results.json, and the newest one to TensorBoard."""
     first = {"first_loss": losses[0], "first_test_accuracy": accuracies[0]}
     last = {"loss": losses[-1], "test_accuracy": accuracies[-1]}
     run.results["arms"]["mlp"] = {
@@ -188,7 +191,7 @@ def record_epoch(run, weights, losses, accuracies, seconds):
 
 
 # --- Figures ---
-# The article's picture of TensorBoard: accuracy by epoch.
+# The article's picture from TensorBoard: accuracy by epoch.
 def plot(run):
     """Draw the accuracy on the test images by epoch."""
     accuracies = run.results["arms"]["mlp"]["history"]["accuracy"]
@@ -203,9 +206,9 @@ def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers."""
     parser = make_parser("--epochs", default=10)
     add = parser.add_argument
-    add("--steps-per-epoch", type=int, help="batches an epoch; without it, images // batch size")
+    add("--steps-per-epoch", type=int, help="batches per epoch; if not given, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
-    add("--batch-size", type=int, default=100, help="images a batch")
+    add("--batch-size", type=int, default=100, help="images per batch")
     add("--compile", action="store_true", help="run each training step as one compiled graph")
     args = parse_flags(parser, argv)
     with Run(args, "synthetic" if args.synthetic else "MNIST") as run:
@@ -220,14 +223,14 @@ def main(argv=None):
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
 def make_parser(*names, default, several=False):
-    """Return a parser with the flags of every script; `names` are those of the first one."""
+    """Return a parser with the flags of every script; `names` are the names of the first flag."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
+    add("--logdir", default="log", help="folder in which each run makes its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -237,25 +240,24 @@ def select_device(name, several):
     gpus = tf.config.list_physical_devices("GPU")
     choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
     choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
 
 
 def parse_flags(parser, argv):
-    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:
-        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
+        raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -268,7 +270,7 @@ class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
     def __init__(self, args, data, results=None):
-        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
@@ -283,7 +285,7 @@ class Run:
         self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
         self.results["complete"] = False
-        with self:  # this writes results.json
+        with self:  # its end writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
@@ -291,19 +293,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
+        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
+        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
+        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def write(self):
-        """Replace results.json in one step, unless a number in it is not finite."""
+        """Write results.json beside the old one and rename it, so that it is never half written."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
@@ -315,13 +318,11 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
-            columns = record["final"], article, record.get("spread", {})
-            for metric in record["final"]:
-                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+            for metric, value in record["final"].items():
+                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')

@@ -1,22 +1,22 @@
-"""Train a ResNet and its plain twin on CIFAR-10, to see what the identity paths are worth.
+"""Train a ResNet on CIFAR-10, and a plain network without identity paths, and compare them.
 
 Article: "Introduction to ResNet in TensorFlow 2" (Adventures in Machine Learning).
 
-A deep stack of convolutions can do worse than a shallow one, even on the images it was trained on,
-because layers find it hard to learn to pass their input on unchanged. A residual block adds its
-input to its output, so it only has to learn what should change. This script trains a network of
-ten such blocks, and the same network without the additions.
+A deep network can do worse than a shallow one, even on the images it was trained on, because layers
+do not easily learn to pass on their input unchanged. A residual block adds its input to its output,
+so it only has to learn what should change. This script trains a network of ten such blocks, and one
+of ten plain blocks, which add nothing.
 
     python resnet_cifar10.py                          # both networks, 30 epochs each
     python resnet_cifar10.py --epochs 1 --synthetic   # a quick look, without a download
 
-Result: the ResNet's training accuracy is 0.742 +- 0.008 and the plain network's 0.685 +- 0.011
-(seeds 0 to 2), so the article's lead of five points holds. In validation: 0.673 and 0.648.
+Result (seeds 0 to 2): in training the ResNet ends at 0.742 +- 0.008, the plain network at 0.685 +-
+0.011, so the article's lead of 5 to 6 points holds. Validation: 0.673 +- 0.040 and 0.648 +- 0.008.
 
 Differences from the article:
-1. Images are shuffled before they are batched; `batch().shuffle()` keeps the same 64 together.
-2. Each test image counts once; the article's three batches of 5,000 count some of them twice.
-3. Keras 3 writes no images for `write_images`, so the first kernels are written as images here.
+1. Images are shuffled before they are batched. In the article the same 64 always stay together.
+2. Each test image counts once. The article's three batches of 5,000 count half of them twice.
+3. In Keras 3 `write_images` writes no images, so a callback here writes the first kernels.
 4. Both networks start from the same seed, and each writes to a folder of its own.
 """
 
@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ import tensorflow as tf
 if "TF_CONFIG" in os.environ:  # Keras 3 cannot fit on several machines (keras issue 20585)
     import tf_keras as keras
 
-    ARCHIVE = "cifar-10-batches-py.tar.gz"  # the name that each Keras gives cifar-10-python.tar.gz
+    ARCHIVE = "cifar-10-batches-py.tar.gz"  # what it calls the downloaded cifar-10-python.tar.gz
 else:
     import keras
 
@@ -64,7 +64,7 @@ NUM_RES_NET_BLOCKS = 10
 
 
 # --- Data ---
-# CIFAR-10 holds small photographs of ten kinds of things.
+# CIFAR-10 holds small photographs of ten kinds of animals and vehicles.
 def load_data(synthetic):
     """Return (images, labels) to train and to test: (n, 32, 32, 3), uint8, and (n, 1)."""
     if synthetic:
@@ -74,7 +74,7 @@ def load_data(synthetic):
 
 
 def synthetic_data(count):
-    """Return made-up images of ten classes, each a pattern of 4 x 4 fields under noise."""
+    """Return made-up images. Each of the ten classes is a pattern of 4 x 4 squares, plus noise."""
     patterns = np.random.default_rng(0).uniform(0, 128, (10, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
     rng = np.random.default_rng(count)
     labels = rng.integers(0, 10, (count, 1), "uint8")
@@ -83,7 +83,7 @@ def synthetic_data(count):
 
 
 def make_datasets(train_data, test_data, batch_size, seed):
-    """Return the endless training set and the validation set: images (batch, 24, 24, 3)."""
+    """Return the training set, which repeats, and the validation set: images (batch, 24, 24, 3)."""
 
     def crop(images, labels):
         return tf.cast(tf.image.central_crop(images, 0.75), tf.float32) / 255.0, labels
@@ -100,7 +100,7 @@ def make_datasets(train_data, test_data, batch_size, seed):
 
 
 # --- Model ---
-# The two kinds of blocks differ in the addition. That line is what the article is about.
+# The residual block adds its input to its output: that line is what the article is about.
 def res_net_block(input_data, filters, conv_size):
     """Return relu(F(x) + x) for x of shape (batch, h, w, filters); F is two convolutions."""
     x = layers.Conv2D(filters, conv_size, activation="relu", padding="same")(input_data)
@@ -112,7 +112,7 @@ def res_net_block(input_data, filters, conv_size):
 
 
 def non_res_block(input_data, filters, conv_size):
-    """Return F(x) for x of shape (batch, h, w, filters); F is the same two convolutions."""
+    """Return F(x) for x of shape (batch, h, w, filters); F is two convolutions, both with ReLU."""
     x = layers.Conv2D(filters, conv_size, activation="relu", padding="same")(input_data)
     x = layers.BatchNormalization()(x)
     x = layers.Conv2D(filters, conv_size, activation="relu", padding="same")(x)
@@ -120,7 +120,7 @@ def non_res_block(input_data, filters, conv_size):
 
 
 def build_model(arm):
-    """Return the compiled network of an arm, "resnet" or "plain"."""
+    """Return the compiled network `arm`, which is "resnet" or "plain"."""
     block = res_net_block if arm == "resnet" else non_res_block
     inputs = keras.Input(shape=(24, 24, 3))
     x = layers.Conv2D(32, 3, activation="relu")(inputs)  # (22, 22, 32)
@@ -139,7 +139,7 @@ def build_model(arm):
 
 
 # --- Training ---
-# Both networks are trained alike. As in the article, an epoch is 195 of the 781 batches of a pass.
+# Both networks are trained alike. As in the article an epoch is 195 batches; all images fill 781.
 def write_kernels(model, writer, epoch):
     """Write the 32 kernels of the first convolution to TensorBoard, as images of 3 x 3 pixels."""
     kernels = tf.transpose(model.layers[1].kernel, (3, 0, 1, 2))  # (32, 3, 3, 3)
@@ -149,28 +149,28 @@ def write_kernels(model, writer, epoch):
 
 
 def train(arm, run, strategy, train_data, test_data):
-    """Train an arm, from the last epoch that it finished, and record its final numbers."""
-    args, path = run.args, run.folder / f"{arm}.keras"
+    """Train a network, or go on after its last finished epoch, and record its final numbers."""
+    args = run.args
+    saver = SaveEpochs(run, arm)
     keras.utils.set_random_seed(args.seed)
     train_dataset, valid_dataset = make_datasets(train_data, test_data, args.batch_size, args.seed)
     with strategy.scope():
-        model = keras.models.load_model(path) if path.exists() else build_model(arm)
-    epochs_done = int(tf.convert_to_tensor(model.optimizer.iterations)) // args.steps_per_epoch
+        model = keras.models.load_model(saver.path) if saver.path.exists() else build_model(arm)
     writer = tf.summary.create_file_writer(str(run.folder / arm))
     kernels = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, _: write_kernels(model, writer, epoch)
+        on_epoch_end=lambda epoch, logs: write_kernels(model, writer, epoch)
     )
     model.fit(
         train_dataset,
         epochs=args.epochs,
-        initial_epoch=epochs_done,
+        initial_epoch=int(model.optimizer.iterations.numpy()) // args.steps_per_epoch,
         steps_per_epoch=args.steps_per_epoch,
         validation_data=valid_dataset,
-        shuffle=False,  # the dataset does it
+        shuffle=False,  # the dataset already is
         verbose=1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2,
-        callbacks=[keras.callbacks.TensorBoard(run.folder / arm), SaveEpochs(run, arm), kernels],
+        callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver, kernels],
     )
-    run.results["arms"][arm]["final"]["parameters"] = model.count_params()
+    saver.record["final"]["parameters"] = model.count_params()
 
 
 # --- Figures ---
@@ -182,7 +182,7 @@ def plot(run):
         for arm, record in run.results["arms"].items():
             values = record["history"][metric]
             axes.plot(range(1, len(values) + 1), values, ".-", label=arm)
-        axes.set(title=f"CIFAR-10, {name}", xlabel="epoch", ylabel=f"{name} accuracy")
+        axes.set(title=run.results["data"], xlabel="epoch", ylabel=f"{name} accuracy")
         axes.legend()
         figure.savefig(run.folder / f"{name}_accuracy.png")
 
@@ -196,8 +196,8 @@ def make_strategy(run):
         return tf.distribute.get_strategy()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     if not strategy.extended.should_checkpoint:  # only the first machine keeps its files
-        transfer = shutil.copytree if run.args.resume else shutil.move
-        run.folder = transfer(run.folder, pathlib.Path(tempfile.mkdtemp(), "run"))
+        copy_or_move = shutil.copytree if run.args.resume else shutil.move
+        run.folder = copy_or_move(run.folder, pathlib.Path(tempfile.mkdtemp(), "run"))
     return strategy
 
 
@@ -205,10 +205,10 @@ def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", default=30, several=True)
     add = parser.add_argument
-    add("--steps-per-epoch", type=int, default=195, help="batches an epoch")
+    add("--steps-per-epoch", type=int, default=195, help="batches per epoch")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--batch-size", type=int, default=64, help="images a batch")
+    add("--batch-size", type=int, default=64, help="images per batch")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
     args, results = read_run(parser, argv)
     data = "synthetic" if args.synthetic else "CIFAR-10"
@@ -223,14 +223,14 @@ def main(argv=None):
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
 def make_parser(*names, default, several=False):
-    """Return a parser with the flags of every script; `names` are those of the first one."""
+    """Return a parser with the flags of every script; `names` are the names of the first flag."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
+    add("--logdir", default="log", help="folder in which each run makes its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -240,25 +240,24 @@ def select_device(name, several):
     gpus = tf.config.list_physical_devices("GPU")
     choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
     choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
 
 
 def parse_flags(parser, argv):
-    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:
-        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
+        raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -271,7 +270,7 @@ class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
     def __init__(self, args, data, results=None):
-        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
@@ -286,7 +285,7 @@ class Run:
         self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
         self.results["complete"] = False
-        with self:  # this writes results.json
+        with self:  # its end writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
@@ -294,19 +293,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
+        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
+        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
+        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def write(self):
-        """Replace results.json in one step, unless a number in it is not finite."""
+        """Write results.json beside the old one and rename it, so that it is never half written."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
@@ -318,13 +318,11 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
-            columns = record["final"], article, record.get("spread", {})
-            for metric in record["final"]:
-                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+            for metric, value in record["final"].items():
+                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')
@@ -333,9 +331,9 @@ class Run:
 
 # --- Frame, resume: the same text in every script that can go on after an interruption ---
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names, or None.
+    """Return the flags, and the results of the run that --resume names (else None).
 
-    That run's flags hold. Only --epochs, --max-steps and --device may be given anew.
+    The flags are those of that run. Only --epochs, --max-steps and --device may change.
     """
     args = parse_flags(parser, argv)
     if args.resume is None:
@@ -350,27 +348,27 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to go on with")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
     return args, results
 
 
 # --- Frame, fit: the same text in every script that calls fit and can go on ---
 class SaveEpochs(keras.callbacks.Callback):
-    """Writes each epoch to results.json, then saves the whole model; each in one step."""
+    """Writes each epoch to results.json, then saves the model; a kill never leaves half a file."""
 
     def __init__(self, run, arm):
         super().__init__()
-        self.run, self.path, self.start = run, run.folder / f"{arm}.keras", time.perf_counter()
+        self.run = run
+        self.path = run.folder / f"{arm}.keras"
         new = {"history": {}, "final": {}, "seconds": 0.0}
         self.record = run.results["arms"].setdefault(arm, new)
+        self.start = time.perf_counter() - self.record["seconds"]
 
     def on_epoch_end(self, epoch, logs=None):
-        for metric, value in logs.items():  # a repeated epoch takes the place of its first try
+        for metric, value in logs.items():  # an epoch trained again replaces its earlier record
             self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
             self.record["final"][metric] = float(value)
-        now = time.perf_counter()
-        self.record["seconds"] += now - self.start
-        self.start = now
+        self.record["seconds"] = time.perf_counter() - self.start
         self.run.write()
         self.model.save(self.path.with_suffix(".tmp.keras"))
         os.replace(self.path.with_suffix(".tmp.keras"), self.path)

@@ -1,25 +1,25 @@
-"""Tell cats from dogs by the features of a trained ResNet50, next to a small network from scratch.
+"""Train on cats and dogs with a ready-trained ResNet50, and with a small network from scratch.
 
 Article: "Transfer learning in TensorFlow 2 tutorial" (Adventures in Machine Learning).
 
-A network that was trained on the photographs of ImageNet has learned features that help with others
-too. Here ResNet50 is frozen, and in the place of its top stand global average pooling and a single
-neuron, which is all that is trained.
+A network trained on the photographs of ImageNet has learned features that help with other images
+too. Here ResNet50 is frozen. Its last layer is replaced by global average pooling and a single
+neuron, and only this neuron is trained.
 
     python transfer_resnet50.py                  # both networks, 7 epochs each; fetches 900 MB
     python transfer_resnet50.py --synthetic --weights none --epochs 2   # without a download
 
 Result, seeds 0 to 2: the small network ends at 0.878 +- 0.001 in training, 0.765 +- 0.054 in
-validation and 0.787 +- 0.062 in test. ResNet50 was not measured: its weights were not at hand.
+validation and 0.787 +- 0.062 in test. ResNet50 was not measured, for want of its weights.
 
 Differences from the article:
-1. ResNet50 gets what its weights were trained on, BGR minus ImageNet's mean colour. The article
-   gives it RGB from 0 to 1 (`--preprocess article`).
+1. ResNet50 gets pixels as in its own training: blue, green, red, minus the mean colour of ImageNet.
+   The article gives it RGB from 0 to 1 (`--preprocess article`).
 2. The features of a frozen network never change, so they are computed once, and the last layer is
-   trained on them (`--no-cache-features`: computed in each epoch, as in the article).
+   trained on them (`--no-cache-features` computes them in each epoch, as in the article).
 3. Each validation image counts once; the article's ten batches of 1,000 repeat its 2,326 images.
-4. The test images, which the article forgets, are evaluated once, at the end.
-5. Images are decoded once and kept as whole grey levels. The networks take pixels from 0 to 255.
+4. The test images, which the article never uses, are evaluated once, at the end.
+5. Images are decoded once, resized, and rounded to whole numbers. The networks take 0 to 255.
 6. All training images are shuffled together, not within a window of 1,000.
 """
 
@@ -37,7 +37,7 @@ import pathlib
 import sys
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever a keras.json says
+os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 # Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
 # This line can go once Colab has protobuf 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
@@ -53,13 +53,13 @@ from keras.applications import resnet50
 
 SCRIPT = "transfer_resnet50"
 MODULES = (tf, keras, np)  # results.json names their versions
-ARTICLE = {  # at epoch 7
+ARTICLE = {  # after 7 epochs
     "cnn": {"accuracy": 0.89, "val_accuracy": 0.85},
     "resnet50": {"accuracy": 0.9012, "val_accuracy": 0.8875},
 }
 IMAGE_SIZE = 100
 SYNTHETIC_COUNTS = (160, 24, 16)  # images to train, to validate and to test
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or lines
+VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
 
 
 # --- Data ---
@@ -68,25 +68,25 @@ def load_data(args):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
     if args.synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
-    if not hasattr(tfds, "load"):  # its import has failed, before this script was pasted
+    if not hasattr(tfds, "load"):  # an earlier cell imported it without the line for protobuf above
         advice = 'pip install "tensorflow-metadata<1.18" and restart Python'
-        raise SystemExit(f"error: tensorflow_datasets did not get on with protobuf; {advice}")
+        raise SystemExit(f"error: tensorflow_datasets was only half imported; {advice}")
     print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
     split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
         return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
-    except Exception as error:  # TFDS has many types of its own
+    except Exception as error:  # TFDS raises many kinds of exceptions
         reason = f"{type(error).__name__}: {error}"
         raise SystemExit(f"error: no cats_vs_dogs ({reason}); use --synthetic") from None
 
 
 def synthetic_photographs(count):
-    """Return made-up images (height, width, 3), uint8: bands that lie (0) or stand (1)."""
+    """Return made-up images (height, width, 3), uint8: rows of colour (0) or columns (1)."""
 
     def draw(i):
         bands = tf.random.stateless_uniform([8, 1, 3], (count, i), 0.0, 255.0)
-        image = tf.where(i % 2 == 0, bands, tf.transpose(bands, (1, 0, 2)))  # (8, 8, 3)
-        size = tf.random.stateless_uniform([2], (i, count), 80, 160, tf.int32)
+        image = tf.where(i % 2 == 0, bands, tf.image.transpose(bands))  # broadcast to (8, 8, 3)
+        size = tf.random.stateless_uniform([2], (i, count), minval=80, maxval=160, dtype=tf.int32)
         return tf.cast(tf.image.resize(image, size), tf.uint8), i % 2
 
     return tf.data.Dataset.range(count).map(draw)
@@ -101,22 +101,23 @@ def plot_samples(run, cat_train):
 
 
 def pre_process_image(image, label):
-    """Resize an image to (100, 100, 3) and round it to uint8, which needs little memory."""
+    """Resize an image to (100, 100, 3); uint8 needs a quarter of the memory of float32."""
     image = tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE))  # float32
     return tf.cast(tf.round(image), tf.uint8), label
 
 
 def make_datasets(sets, batch_size, window, seed):
-    """Return the endless training set, and the others in batches of 240: 1,000 take gigabytes."""
+    """Return the training set, which repeats, and the others, each in batches."""
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
-    return cat_train.prefetch(tf.data.AUTOTUNE), cat_valid.batch(240), cat_test.batch(240)
+    cat_train = cat_train.prefetch(tf.data.AUTOTUNE)
+    return cat_train, cat_valid.batch(240), cat_test.batch(240)  # 1,000 images take gigabytes
 
 
 # --- Model ---
-# The small network learns everything from these photographs, the other one hardly anything.
+# The small network learns all its weights from these photographs, the other one only 2,049.
 def build_head():
-    """Return the convolutional head: pixels (100, 100, 3), 0 to 255, to maps (10, 10, 64)."""
+    """Return the convolutional head. It turns pixels (100, 100, 3) into maps (10, 10, 64)."""
     head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
     head.add(layers.Rescaling(1 / 255))
     head.add(layers.Conv2D(32, (3, 3)))  # (98, 98, 32)
@@ -137,7 +138,7 @@ def build_head():
 
 
 def build_standard_model():
-    """Return the small network: from pixels to the probability of a dog."""
+    """Return the small network. It turns pixels into the probability of a dog."""
     head = build_head()
     average_pool = keras.Sequential()
     average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
@@ -147,50 +148,50 @@ def build_standard_model():
 
 
 def build_res_net(weights, preprocess):
-    """Return the frozen ResNet50 without its top: from pixels to maps (4, 4, 2048)."""
+    """Return the frozen ResNet50 without its top. It turns pixels into maps (4, 4, 2048)."""
     pixels = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
     inputs = resnet50.preprocess_input(pixels) if preprocess == "imagenet" else pixels / 255.0
     weights = None if weights == "none" else weights
     try:
         res_net = resnet50.ResNet50(weights=weights, include_top=False, input_tensor=inputs)
-    except Exception as error:  # Keras raises a plain Exception where a download fails
-        advice = "put that file into ~/.keras/models, or use --weights none"
-        raise SystemExit(
-            f"error: no weights for ResNet50 ({type(error).__name__}: {error}); {advice}"
-        ) from None
+    except Exception as error:  # Keras raises a plain Exception if a download fails
+        advice = "put the named file into ~/.keras/models, or use --weights none"
+        reason = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"error: no weights for ResNet50 ({reason}); {advice}") from None
     res_net.trainable = False
     return res_net
 
 
 def build_tl_model(res_net):
-    """Return the network for transfer learning: from pixels to the probability of a dog."""
+    """Return the network for transfer learning. It turns pixels into the probability of a dog."""
     global_average_layer = layers.GlobalAveragePooling2D()
     output_layer = layers.Dense(1, activation="sigmoid")
     return keras.Sequential([res_net, global_average_layer, output_layer])
 
 
 # --- Training ---
-# As in the article, an epoch has as many batches as all three sets would fill: 1.25 passes.
+# As in the article, an epoch is 23262 // 64 batches: 1.25 times through the training images.
 def compute_features(extractor, dataset):
-    """Return the dataset with features (2048,), which the last layer gets, in the images' place."""
+    """Return a dataset of features (2048,) and labels, on which the output layer is trained."""
     features = extractor.predict(dataset.batch(64), verbose=VERBOSE)
     labels = [label for _, label in dataset.as_numpy_iterator()]
     return tf.data.Dataset.from_tensor_slices((features, labels))
 
 
 def train(arm, run, sets, res_net):
-    """Train an arm, from the last epoch that it finished, save it and record its final numbers."""
-    saver = SaveEpochs(run, arm)  # its clock starts here: the features take their time too
+    """Train a network, or go on after its last finished epoch, and record its final numbers."""
+    saver = SaveEpochs(run, arm)  # made first, so that its time includes the features
     keras.utils.set_random_seed(run.args.seed)
     model = build_standard_model() if arm == "cnn" else build_tl_model(res_net)
     model.summary()
-    network = model
+    network = model  # what is trained: the whole model, or only its output layer
     cached = arm == "resnet50" and not run.args.no_cache_features
     if cached:
-        extractor = keras.Sequential(model.layers[:-1])
+        _, global_average_layer, output_layer = model.layers
+        extractor = keras.Sequential([res_net, global_average_layer])
         sets = [compute_features(extractor, dataset) for dataset in sets]
-        network = keras.Sequential([keras.Input((2048,)), model.layers[-1]])  # the output layer
-        saver.path = run.folder / arm / "head.keras"  # what training goes on from
+        network = keras.Sequential([keras.Input((2048,)), output_layer])
+        saver.path = run.folder / arm / "head.keras"  # from this file a resumed run goes on
     if saver.path.exists():
         network = keras.models.load_model(saver.path)
     else:
@@ -198,24 +199,26 @@ def train(arm, run, sets, res_net):
     fit(arm, network, saver, sets)
     saver.record["final"]["parameters"] = model.count_params()
     if cached:
-        model.layers[-1].set_weights(network.get_weights())
+        output_layer.set_weights(network.get_weights())  # if resumed, the network is a copy
         model.save(run.folder / f"{arm}.keras")
 
 
 def fit(arm, network, saver, sets):
-    """Train a network up to --epochs, then record its final numbers."""
-    args, events = saver.run.args, saver.run.folder / arm
-    if events.exists():  # TensorBoard counts batches from 0 again, and its curves would fold back
+    """Train a network up to epoch --epochs, then evaluate it on the test images."""
+    args = saver.run.args
+    events = saver.run.folder / arm
+    if events.exists():  # a resumed run counts batches from 0 again: its curves get a new folder
         events = events / time.strftime("resumed-%Y%m%d-%H%M%S")
     cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, len(sets[0]), args.seed)
-    steps = args.steps_per_epoch or max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
+    image_count = sum(len(dataset) for dataset in sets)  # 23262
+    steps = args.steps_per_epoch or max(1, image_count // args.batch_size)
     network.fit(
         cat_train,
         steps_per_epoch=steps,
         epochs=args.epochs,
         initial_epoch=int(network.optimizer.iterations.numpy()) // steps,
         validation_data=cat_valid,
-        shuffle=False,  # the dataset does it
+        shuffle=False,  # the dataset already is
         verbose=VERBOSE,
         callbacks=[keras.callbacks.TensorBoard(events, update_freq="batch"), saver],
     )
@@ -241,24 +244,24 @@ def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", default=7, several=True)
     add = parser.add_argument
-    add("--steps-per-epoch", type=int, help="batches an epoch; without it, images // batch size")
+    add("--steps-per-epoch", type=int, help="batches per epoch; if not given, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--batch-size", type=int, default=64, help="images a batch")
-    add("--data-dir", help="folder of cats_vs_dogs; without it, that of TFDS")
-    add("--weights", default="imagenet", help="imagenet, none (random) or a file, for ResNet50")
-    add("--preprocess", choices=["imagenet", "article"], default="imagenet", help="its pixels")
+    add("--batch-size", type=int, default=64, help="images per batch")
+    add("--data-dir", help="folder of cats_vs_dogs; if not given, that of TFDS")
+    add("--weights", default="imagenet", help="of ResNet50: imagenet, none (random) or a file")
+    add("--preprocess", choices=["imagenet", "article"], default="imagenet", help="for ResNet50")
     add("--no-cache-features", action="store_true", help="run ResNet50 again in each epoch")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
     args, results = read_run(parser, argv)
     data = "synthetic" if args.synthetic else "cats_vs_dogs"
     with Run(args, data, results=results) as run:
-        mirrored = args.device == "all"  # then each device gets its share of every batch
+        mirrored = args.device == "all"  # each device then gets a part of every batch
         strategy = tf.distribute.MirroredStrategy() if mirrored else tf.distribute.get_strategy()
         with strategy.scope():
             keras.utils.set_random_seed(args.seed)
             res_net = None
-            if "resnet50" in args.arms:
+            if "resnet50" in args.arms:  # before the data, as its weights may be missing
                 res_net = build_res_net(args.weights, args.preprocess)
             sets = load_data(args)
             plot_samples(run, sets[0])
@@ -271,14 +274,14 @@ def main(argv=None):
 
 # --- Frame: flags, faults, folder and results; the same text in every script ---
 def make_parser(*names, default, several=False):
-    """Return a parser with the flags of every script; `names` are those of the first one."""
+    """Return a parser with the flags of every script; `names` are the names of the first flag."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all where fit trains")
-    add("--logdir", default="log", help="where each run makes a folder of its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
+    add("--logdir", default="log", help="folder in which each run makes its own")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -288,25 +291,24 @@ def select_device(name, several):
     gpus = tf.config.list_physical_devices("GPU")
     choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
     choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    chosen = choices.get("gpu:0" if name == "gpu" else name)
-    if chosen is None:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)} here")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        tf.config.set_visible_devices(chosen, "GPU")
+        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
 
 
 def parse_flags(parser, argv):
-    """Return the flags `argv`; None means the command line, unless that is a notebook kernel's."""
+    """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:
-        raise SystemExit(end.code) from None  # Colab's IPython fails on a chain of errors
+        raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name == "seed" else 1):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
@@ -319,7 +321,7 @@ class Run:
     """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
 
     def __init__(self, args, data, results=None):
-        """Make a folder for a run on `data`, or go on in that of --resume with its `results`."""
+        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
             sys.stdout.reconfigure(line_buffering=True)
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
@@ -334,7 +336,7 @@ class Run:
         self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
         self.results["complete"] = False
-        with self:  # this writes results.json
+        with self:  # its end writes results.json
             self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
 
@@ -342,19 +344,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end an interruption, or a fault of disk or network, in a line."""
+        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # Keras's own where a download fails
+        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
+        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
 
     def write(self):
-        """Replace results.json in one step, unless a number in it is not finite."""
+        """Write results.json beside the old one and rename it, so that it is never half written."""
         try:
             text = json.dumps(self.results, indent=1, allow_nan=False)
         except ValueError:
@@ -366,13 +369,11 @@ class Run:
         """Print the results beside the article's and how to go on; return the final numbers."""
         self.results["complete"] = True
         self.write()
-        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}{'spread':>14}")
+        print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
-            columns = record["final"], article, record.get("spread", {})
-            for metric in record["final"]:
-                cells = [f"{round(c[metric], 4):,}" if metric in c else "-" for c in columns]
-                print("{:<16}{:<34}{:>14}{:>14}{:>14}".format(arm, metric, *cells))
+            for metric, value in record["final"].items():
+                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
         for path in sorted(self.folder.glob("*.*")):
             print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
         print(f'tensorboard --logdir "{self.folder}"')
@@ -381,9 +382,9 @@ class Run:
 
 # --- Frame, resume: the same text in every script that can go on after an interruption ---
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names, or None.
+    """Return the flags, and the results of the run that --resume names (else None).
 
-    That run's flags hold. Only --epochs, --max-steps and --device may be given anew.
+    The flags are those of that run. Only --epochs, --max-steps and --device may change.
     """
     args = parse_flags(parser, argv)
     if args.resume is None:
@@ -398,27 +399,27 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: not as in the run to go on with")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
     return args, results
 
 
 # --- Frame, fit: the same text in every script that calls fit and can go on ---
 class SaveEpochs(keras.callbacks.Callback):
-    """Writes each epoch to results.json, then saves the whole model; each in one step."""
+    """Writes each epoch to results.json, then saves the model; a kill never leaves half a file."""
 
     def __init__(self, run, arm):
         super().__init__()
-        self.run, self.path, self.start = run, run.folder / f"{arm}.keras", time.perf_counter()
+        self.run = run
+        self.path = run.folder / f"{arm}.keras"
         new = {"history": {}, "final": {}, "seconds": 0.0}
         self.record = run.results["arms"].setdefault(arm, new)
+        self.start = time.perf_counter() - self.record["seconds"]
 
     def on_epoch_end(self, epoch, logs=None):
-        for metric, value in logs.items():  # a repeated epoch takes the place of its first try
+        for metric, value in logs.items():  # an epoch trained again replaces its earlier record
             self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
             self.record["final"][metric] = float(value)
-        now = time.perf_counter()
-        self.record["seconds"] += now - self.start
-        self.start = now
+        self.record["seconds"] = time.perf_counter() - self.start
         self.run.write()
         self.model.save(self.path.with_suffix(".tmp.keras"))
         os.replace(self.path.with_suffix(".tmp.keras"), self.path)

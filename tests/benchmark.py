@@ -434,6 +434,8 @@ def reinforce():
     env = script.gymnasium.make("CartPole-v1", max_episode_steps=script.MAX_LENGTH)
     network, theirs = script.build_model(), script.build_model()
     policy, update = script.compile_agent(network)
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(network.trainable_variables)
     theirs.compile(loss="categorical_crossentropy", optimizer="adam")
 
     def article_action(state):
@@ -445,7 +447,8 @@ def reinforce():
         return theirs.train_on_batch(np.vstack(states), np.eye(2)[actions], sample_weight=returns)
 
     def our_update(states, actions, returns):
-        return float(update(*script.pad_episode(states, actions, returns)))
+        episode = script.pad_episode(states, actions, returns)
+        return float(update(network, optimizer, *episode))
 
     def runner(choose, learn):
         """1,200 steps, an update every 150: the mean length of an episode in five runs."""

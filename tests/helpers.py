@@ -31,6 +31,7 @@ Run = collections.namedtuple("Run", "code stdout stderr folder results")
 PHOTOGRAPHS = ["accuracy", "loss", "val_accuracy", "val_loss"]
 RESNET = ["acc", "loss", "val_acc", "val_loss"]
 EPOCHS = {"scalars": {"epoch_accuracy", "epoch_loss"}}
+EPISODES = {"scalars": {"reward", "avg loss"}}
 Q_EPISODES = {"scalars": {"reward", "avg loss", "mean q"}}
 SYNTHETIC = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "2"]
 LINES = ["constant_noise", "growing_noise"]
@@ -57,15 +58,15 @@ CASES = {
     ),
     "dueling_q_cartpole": Case(
         tiny=["--epochs", "25", "--delay-training", "150", "--epsilon-min-iter", "200"],
-        history=dict.fromkeys(["double", "dueling"], ["reward", "avg loss", "mean q"]),
-        tags={"double/seed_0": Q_EPISODES, "dueling/seed_0": Q_EPISODES},
-        figures=["mean_q.png", "reward.png"],
+        history=dict.fromkeys(["double", "dueling"], ["reward", "avg loss"]),
+        tags=dict.fromkeys(["double/seed_0", "dueling/seed_0"], EPISODES),
+        figures=["reward.png"],
         started="episode 25:",
     ),
     "reinforce_cartpole": Case(
         tiny=["--epochs", "12"],
         history={"reinforce": ["reward", "avg loss"]},
-        tags={"reinforce/seed_0": {"scalars": {"reward", "avg loss"}}},
+        tags={"reinforce/seed_0": EPISODES},
         figures=["rewards.png"],
         started="episode 75:",
     ),

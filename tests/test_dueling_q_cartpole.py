@@ -20,7 +20,7 @@ import dueling_q_cartpole as script
 keras = script.keras
 
 STATES = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
-SAME = ["Memory", "choose_action", "update_network", "overestimation", "evaluate"]
+SAME = ["Memory", "split_rows", "choose_action", "update_network"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -92,11 +92,10 @@ def test_a_training_step_equals_numpy():
     layers = ["dense1", "dense2", "adv_dense", "adv_out", "v_dense", "v_out"]
     paths = [f"{layer}/{kind}" for layer in layers for kind in ("kernel", "bias")]
 
-    (loss, mean_q), gradient = oracles.gradient_of(
+    loss, gradient = oracles.gradient_of(
         primary, lambda sgd: script.train(batch, primary, target, sgd, 0.95)
     )
     assert float(loss) == pytest.approx(np.mean(errors**2), rel=1e-5)
-    assert float(mean_q) == pytest.approx(np.mean(np.max(q_judge, axis=1)), rel=1e-5)
     gradient = dict(zip([weight.path for weight in primary.weights], gradient, strict=True))
     oracles.assert_same([gradient[path] for path in paths], expected, atol=1e-5)
 

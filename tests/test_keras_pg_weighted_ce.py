@@ -100,15 +100,17 @@ def test_the_update_equals_that_of_reinforce():
 
 def test_difference_3_training_takes_this_step(monkeypatch):
     """main's own update, from its first episode, is train_on_batch with standardised returns."""
-    seen, train_on_batch = [], keras.Model.train_on_batch
+    seen, losses, train_on_batch = [], [], keras.Model.train_on_batch
 
     def watched(self, x, y, sample_weight):
         seen.append((x, y, sample_weight))
+        losses.append(-np.mean(sample_weight * np.sum(y * np.log(self(x)), axis=1)))
         return train_on_batch(self, x, y, sample_weight)
 
     monkeypatch.setattr(keras.Model, "train_on_batch", watched)
     _, arms = run_main(script, ["--arms", "agent", "--epochs", "50", "--max-steps", "100"])
     assert [len(x) for x, _, _ in seen] == arms["agent"]["history"]["reward"]
+    np.testing.assert_allclose(arms["agent"]["history"]["avg loss"], losses, rtol=1e-3, atol=1e-6)
     assert 1 < len(seen) < 50
     assert sum(len(x) for x, _, _ in seen) == 100  # the last episode is cut off
     for states, targets, weights in seen:
