@@ -11,7 +11,7 @@ networks that return distributions find them by minimising the negative log like
 
 Result (seeds 0 to 4): the first fit differs from least squares by up to 0.07 in slope and 0.21 in
 intercept. The second fit's NLL per point is 0.002 to 4.8 above the least possible, and its band
-holds 42 to 95 % of the points. With `--converge` both are within 0.001 of the best (95 to 98 %).
+holds 42 to 95 % of the points (95 to 98 % with `--converge`, which is within 0.001 of the best).
 
 Differences from the article:
 1. x, y and the means are columns (N, 1). With a column y, the article's `loc=x[:, 0]` compares each
@@ -19,7 +19,7 @@ Differences from the article:
 2. tf_keras instead of Keras 3, whose models TensorFlow Probability's layers reject.
 3. Sigma, which grows with x, is the standard deviation. The article calls it the variance.
 4. The data are drawn with a seed. In the article the array `noise` replaces the function `noise`.
-5. New: the prior moves by a formula, and the fits stand beside least squares and the truth.
+5. Added: a prior that moves, and least squares. The second fit's rate of 0.05 is the first one's.
 """
 
 # /// script
@@ -43,7 +43,7 @@ import numpy as np
 import tensorflow as tf
 
 try:
-    import tf_keras as keras  # noqa: I001 - first: without it, the next one fails at length
+    import tf_keras as keras  # noqa: I001 - first: without it tfp fails with a long traceback
     import tensorflow_probability as tfp
 except ImportError as error:
     raise SystemExit(
@@ -85,7 +85,7 @@ def neg_log_likelihood(y_actual, y_predict):
 
 def show_probabilities():
     """Print the probabilities of rain, and a log likelihood."""
-    # Each day is as likely to be wet: P(RT=1) = P(RT=1 | RY=1) P(RY=1) + P(RT=1 | RY=0) P(RY=0).
+    # All days are alike: P(RT=1) = P(RT=1 | RY=1) P(RY=1) + P(RT=1 | RY=0) P(RY=0), P(RY) = P(RT).
     after_dry = (RAIN - RAIN_AFTER_RAIN * RAIN) / (1 - RAIN)
     print(f"P(RT=1) = {RAIN}, P(RT=1 | RY=1) = {RAIN_AFTER_RAIN}, P(RT=1 | RY=0) = {after_dry:.4f}")
     print(f"P(RY=1 | RT=1) = {bayes_theorem(RAIN_AFTER_RAIN, RAIN, RAIN):.4f}, by Bayes' theorem")
@@ -164,11 +164,8 @@ MODELS = {"constant_noise": constant_noise_model, "growing_noise": growing_noise
 
 
 # --- Training ---
-# The article's first fit: 500 epochs of Adam with a rate of 0.05. For the second its text has no
-# numbers, its notebook 1,000 epochs with Adam's default of 0.001. These stop early: the band holds
-# 17 to 88 % of the points (seeds 0 to 2). So here both have the rate of 0.05.
-
-
+# The article's first fit: 500 epochs of Adam with a rate of 0.05. For the second its notebook has
+# 1,000 epochs with a rate of 0.001, which stop too early. So here both have a rate of 0.05.
 def fit(arm, model, x_range, lin_reg, epochs, run):
     """Fit a model by Adam, in batches of 32; record the loss of each epoch."""
 
@@ -308,8 +305,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -323,7 +320,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -379,7 +376,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None

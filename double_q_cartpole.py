@@ -31,6 +31,7 @@ take the maximum. `--arms dqn_target` is deep Q with that second network, to tel
 # ///
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -42,7 +43,6 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # faster than two: the network is small
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
@@ -247,7 +247,7 @@ def evaluate(env, q_values, log, network, gamma):
     averages = moving_average(log.record["history"]["reward"])
     return {
         "reward": averages[-1].item(),
-        "episodes_to_180": int(np.argmax(np.append(averages > 180, True))) + 1,  # if not: all + 1
+        "episodes_to_180": int(np.argmax(np.append(averages > 180, True))) + 1,  # never: all + 1
         "greedy_reward": statistics.mean(rewards),
         "overestimation": np.mean(errors).item(),
         "parameters": network.count_params(),
@@ -279,10 +279,12 @@ def main(argv=None):
     add("--epsilon-decay", type=float, default=0.0005, help="how fast epsilon falls (LAMBDA)")
     add("--gamma", type=float, default=0.95, help="what a reward one step later is worth")
     add("--tau", type=float, default=0.08, help="how fast the target network follows")
-    add("--runs", type=int, default=1, help="trainings of each arm, from --seed onwards")
+    add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
     add("--arms", nargs="+", choices=ARMS, default=ARMS[:2], help="agents to train")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     with Run(parse_flags(parser, argv), "CartPole") as run:
+        with contextlib.suppress(RuntimeError):  # too late in a process that has trained before
+            tf.config.threading.set_intra_op_parallelism_threads(1)  # faster: the network is small
         show_max_bias(run.args.seed, run.folder)
         for arm in dict.fromkeys(run.args.arms):  # each of them once
             for seed in range(run.args.seed, run.args.seed + run.args.runs):
@@ -299,8 +301,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -314,7 +316,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -370,7 +372,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None

@@ -18,7 +18,7 @@ Differences from the article:
 3. A full memory is drawn from as a whole. The article draws from 32 frames of it, then from 33, ...
 4. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
 5. The advantages' mean is taken over the actions, not the batch. The target starts as a copy.
-6. Epsilon falls evenly until step 550,000; the article's jumps. `avg loss` counts trained steps.
+6. Epsilon falls until step 550,000; the article's jumps. `avg loss` counts only trained steps.
 7. Adam has a learning rate of 2.5e-4 and an epsilon of 3e-4. With its default epsilon of 1e-7 even
    tiny gradients move the weights by full steps and kill ReLU units: after 300 steps 44 to 93 of
    the advantage stream's 256 still answer, with ours 203 to 228 (seeds 0 to 4).
@@ -123,8 +123,8 @@ def DQModel(hidden_size, num_actions):
     adv = keras.layers.Dense(num_actions, name="adv_out", **he)(adv)  # (batch, num_actions)
     v = keras.layers.Dense(hidden_size, "relu", name="v_dense", **he)(x)
     v = keras.layers.Dense(1, name="v_out", **he)(v)  # (batch, 1)
-    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # axis 1: over the actions
-    return keras.Model(inputs, keras.layers.Add()([v, norm_adv]))
+    mean_adv = keras.ops.mean(adv, axis=1, keepdims=True)  # over the actions of each state
+    return keras.Model(inputs, keras.layers.Add()([v, adv - mean_adv]))
 
 
 # --- Algorithm ---
@@ -422,7 +422,7 @@ def main(argv=None):
     add("--replay-size", type=int, default=200000, help="frames in memory")
     add("--delay-training", type=int, default=50000, help="random steps before training starts")
     add("--epsilon-min-iter", type=int, default=500000, help="steps over which epsilon falls")
-    add("--gif-every", type=int, default=50, help="save one episode in so many")
+    add("--gif-every", type=int, default=50, help="save a GIF of one episode in this many")
     args, results = read_run(parser, argv)
     if args.replay_size <= BATCH_SIZE:
         parser.error(f"argument --replay-size: {args.replay_size} is too small")
@@ -444,8 +444,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -459,7 +459,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -515,7 +515,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -563,7 +563,7 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, results
 
 

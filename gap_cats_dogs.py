@@ -11,7 +11,7 @@ mean. The four networks trained here differ in what follows the convolutions.
 
 Result, seeds 0 to 2, training / validation accuracy: fc 0.981 / 0.763 +- 0.043, fc_dropout 0.915 /
 0.787 +- 0.049, gap 0.809 / 0.687 +- 0.134, avgpool 0.878 / 0.765 +- 0.054. So fc does overfit, but
-pooling is not better. From one epoch to the next, validation can change by 0.1 and more.
+pooling is not better. From one epoch to the next, validation can change by more than 0.1.
 
 Differences from the article:
 1. Each network trains its own head, from the same first weights. The article's networks share one.
@@ -51,7 +51,7 @@ from keras import layers
 
 SCRIPT = "gap_cats_dogs"
 MODULES = (tf, keras, np)  # results.json names their versions
-ARTICLE = {  # after 7 epochs; after the 10 in its code, fc has 0.9876 (training) and 0.8420
+ARTICLE = {  # after 7 epochs; after the 10 in its code fc has 0.9876, in validation 0.8420
     "fc": {"val_accuracy": 0.8130},
     "fc_dropout": {"accuracy": 0.9211, "val_accuracy": 0.8272},
     "gap": {},  # the article does not train this one
@@ -185,7 +185,7 @@ def train(arm, run, sets):
         epochs=args.epochs,
         initial_epoch=int(model.optimizer.iterations.numpy()) // steps,
         validation_data=cat_valid,
-        shuffle=False,  # the dataset already is
+        shuffle=False,  # the dataset is shuffled already
         verbose=VERBOSE,
         callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver],
     )
@@ -248,8 +248,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -263,7 +263,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -319,7 +319,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -367,7 +367,7 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, results
 
 

@@ -2,7 +2,7 @@
 
 Article: "A simple policy gradient implementation with keras (part 1)".
 
-A policy should make rewarded actions more likely. The article derives that plain Keras can do this:
+A policy should take rewarded actions more often. The article derives that plain Keras can do this:
 fit the network to the actions it took, each weighted by its reward. It leaves open whether that
 works. Here the arm `identity` compares the gradients, and the arm `agent` trains with nothing but
 `train_on_batch(states, actions, sample_weight=...)`.
@@ -12,7 +12,7 @@ works. Here the arm `identity` compares the gradients, and the arm `agent` train
 
 Result (seeds 0 to 4): the two gradients differ by 2e-7 of their length, and the error of an
 estimate from N samples falls as N^-0.49 to N^-0.50. On CartPole the last 100 of 1,500 episodes take
-187 to 199 steps. It loses Pong (seed 0) by 20.5 points at first, by 20.3 after 900 games.
+187 to 199 steps. The agent loses Pong (seed 0) by 20.5 points at first, by 20.3 after 900 games.
 
 Differences from the article:
 1. The loss is -L. Minimising the article's L = sum_i r_i log q(a_i | s_i) would teach to lose.
@@ -154,7 +154,7 @@ def build_cartpole_model():
 
 
 def build_pong_model():
-    """Return a policy 6400-200-2 like Karpathy's; it steps once in ten games, on their mean."""
+    """Return a policy 6400-200-2 like Karpathy's; RMSprop steps once in ten games."""
     inputs = keras.Input((80 * 80,))
     x = keras.layers.Dense(200, activation="relu", kernel_initializer="he_normal")(inputs)
     network = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
@@ -207,12 +207,15 @@ def standardise(returns):
     return (returns - np.mean(returns)) / max(np.std(returns), 1e-8)
 
 
-def take_over(log, interrupted, episodes):
-    """Begin a log with the first `episodes` episodes of an interrupted training."""
-    for tag, values in interrupted["history"].items():
-        log.record["history"][tag] = values[:episodes]  # the others are played again
+def take_over(log, episodes):
+    """Let the log go on after the first `episodes` episodes of an interrupted training."""
+    log.record = log.arm["runs"][0]
+    log.arm["runs"] = [log.record]  # without the new one that `log` has begun
+    log.arm["history"] = log.record["history"]
+    for values in log.record["history"].values():
+        del values[episodes:]  # these were not saved, and are played again
     log.episodes = episodes
-    log.start -= interrupted["seconds"]
+    log.start -= log.record["seconds"]
 
 
 def save_agent(network, run):
@@ -232,11 +235,10 @@ def train_agent(seed, run):
     network = build_pong_model() if pong else build_cartpole_model()
     if args.resume and (run.folder / "agent.keras").exists():
         network = keras.models.load_model(run.folder / "agent.keras")
-    interrupted = run.results["arms"].pop("agent", None) if args.resume else None
     log = EpisodeLog(run, "agent", seed)
-    if interrupted:
+    if args.resume:
         # variables[0] counts the calls of train_on_batch, `iterations` only every tenth in Pong
-        take_over(log, interrupted["runs"][0], int(network.optimizer.variables[0]))
+        take_over(log, int(network.optimizer.variables[0]))
     policy = compile_policy(network)
     steps = sum(log.record["history"].get("steps", []))
     max_steps = args.max_steps or np.inf
@@ -303,7 +305,7 @@ def main(argv=None):
     add("--max-steps", type=int, help="end a training after this many environment steps")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
     add("--env", choices=GAMMA, default="CartPole-v1", help="what the agent plays")
-    add("--runs", type=int, default=1, help="trainings of each arm, from --seed onwards")
+    add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="parts to run")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     args, results = read_run(parser, argv)
@@ -328,8 +330,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -343,7 +345,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -399,7 +401,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -447,7 +449,7 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, results
 
 

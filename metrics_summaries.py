@@ -80,7 +80,6 @@ def load_data(synthetic):
 
 def synthetic_data(count, seed):
     """Return made-up images. Each of the ten classes is a pattern of 4 x 4 squares, plus noise."""
-
     patterns = np.random.default_rng(0).uniform(size=(10, 4, 4)).repeat(7, 1).repeat(7, 2)
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, count, "uint8")
@@ -203,7 +202,7 @@ def train_with_fit(run, train_dataset, valid_dataset, num_batches):
         epochs=run.args.fit_epochs,
         steps_per_epoch=num_batches,
         validation_data=valid_dataset,
-        shuffle=False,  # the dataset already is
+        shuffle=False,  # the dataset is shuffled already
         verbose=1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2,
         callbacks=[board, record],
     )
@@ -267,8 +266,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -282,7 +281,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -338,7 +337,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None

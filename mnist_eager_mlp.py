@@ -16,7 +16,7 @@ Differences from the article:
 2. Adam's update always runs as a compiled function: eagerly it would take longer than the network.
 3. The test images are a constant. The article makes them a variable, but never changes them.
 4. `--compile` is new: it compiles the article's whole training step.
-The article mentions 5,000 validation images. Keras has none, so accuracy is on the test images.
+The article mentions 5,000 validation images. Keras's MNIST has none: the test images are used.
 """
 
 # /// script
@@ -108,7 +108,6 @@ def get_batch(x_data, y_data, batch_size):
 # The network is a function of its input and of four variables. There is no Keras model.
 def build_model():
     """Return the variables [W1, b1, W2, b2]; the biases are drawn with standard deviation 1."""
-
     W1 = tf.Variable(tf.random.normal([784, 300], stddev=0.03), name="W1")
     b1 = tf.Variable(tf.random.normal([300]), name="b1")
     W2 = tf.Variable(tf.random.normal([300, 10], stddev=0.03), name="W2")
@@ -229,8 +228,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -244,7 +243,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -300,7 +299,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None

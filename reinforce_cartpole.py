@@ -9,8 +9,8 @@ episode, actions that were followed by more reward than usual become more likely
     python reinforce_cartpole.py --runs 5    # five seeds: some agents learn much sooner
 
 Result (1,500 episodes, seeds 0 to 9): in every run the mean of a hundred episodes reached 180 (the
-article says 200), in the fastest by episode 285, in the slowest by 819. The last hundred episodes
-last 173 steps in one run, and 188 to 200 in the others.
+article says 200), in the fastest by episode 285, in the slowest by 819. In the last hundred
+episodes the pole stands for 173 steps in one run, and for 188 to 200 in the others.
 
 Differences from the article:
 1. The gradient is right. The article gives the returns to Keras as targets and drops the actions,
@@ -188,7 +188,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--max-steps", type=int, help="end a training after this many environment steps")
     add("--gamma", type=float, default=0.95, help="what a reward one step later is worth")
-    add("--runs", type=int, default=1, help="trainings of each arm, from --seed onwards")
+    add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     with Run(parse_flags(parser, argv), "CartPole-v1") as run:
         for seed in range(run.args.seed, run.args.seed + run.args.runs):
@@ -205,8 +205,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -220,7 +220,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -276,7 +276,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None

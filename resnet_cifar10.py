@@ -166,7 +166,7 @@ def train(arm, run, strategy, train_data, test_data):
         initial_epoch=int(model.optimizer.iterations.numpy()) // args.steps_per_epoch,
         steps_per_epoch=args.steps_per_epoch,
         validation_data=valid_dataset,
-        shuffle=False,  # the dataset already is
+        shuffle=False,  # the dataset is shuffled already
         verbose=1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2,
         callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver, kernels],
     )
@@ -229,8 +229,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -244,7 +244,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -300,7 +300,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -348,7 +348,7 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, results
 
 

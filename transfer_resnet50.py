@@ -1,4 +1,4 @@
-"""Train on cats and dogs with a ready-trained ResNet50, and with a small network from scratch.
+"""Tell cats from dogs with a pretrained ResNet50, and with a small network from scratch.
 
 Article: "Transfer learning in TensorFlow 2 tutorial" (Adventures in Machine Learning).
 
@@ -10,7 +10,7 @@ neuron, and only this neuron is trained.
     python transfer_resnet50.py --synthetic --weights none --epochs 2   # without a download
 
 Result, seeds 0 to 2: the small network ends at 0.878 +- 0.001 in training, 0.765 +- 0.054 in
-validation and 0.787 +- 0.062 in test. ResNet50 was not measured, for want of its weights.
+validation and 0.787 +- 0.062 in test. ResNet50 was not measured: its weights were not available.
 
 Differences from the article:
 1. ResNet50 gets pixels as in its own training: blue, green, red, minus the mean colour of ImageNet.
@@ -218,7 +218,7 @@ def fit(arm, network, saver, sets):
         epochs=args.epochs,
         initial_epoch=int(network.optimizer.iterations.numpy()) // steps,
         validation_data=cat_valid,
-        shuffle=False,  # the dataset already is
+        shuffle=False,  # the dataset is shuffled already
         verbose=VERBOSE,
         callbacks=[keras.callbacks.TensorBoard(events, update_freq="batch"), saver],
     )
@@ -280,8 +280,8 @@ def make_parser(*names, default, several=False):
     device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; with fit also all")
-    add("--logdir", default="log", help="folder in which each run makes its own")
+    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
+    add("--logdir", default="log", help="each run makes a folder of its own in this one")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
@@ -295,7 +295,7 @@ def select_device(name, several):
     try:
         tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
     except KeyError:
-        raise argparse.ArgumentTypeError(f"no {name}; use {', '.join(choices)}") from None
+        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
     except RuntimeError:  # TensorFlow has already started in this process
         raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
     return name
@@ -351,7 +351,7 @@ class Run:
             raise SystemExit(f"error: {kind.__name__}: {error}") from None
         if kind is not SystemExit:
             self.write()
-        # NumPy may turn Ctrl-C into a SystemError, whose cause it then is.
+        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
         if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             raise SystemExit(130) from None
@@ -399,7 +399,7 @@ def read_run(parser, argv):
     args = parse_flags(parser, argv)
     for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
         if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: must be as in that run")
+            parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, results
 
 

@@ -137,7 +137,7 @@ def test_devices(monkeypatch, capsys):
         assert chosen[-1] == visible
     code, line = exit_of(lambda: parser.parse_args(["--device", "gpu:2"]), capsys)
     assert code == 2
-    assert "no gpu:2; use auto, cpu, all, gpu:0, gpu:1" in line
+    assert "gpu:2 is not here; use auto, cpu, all, gpu:0, gpu:1" in line
 
     def too_late(devices, kind):
         raise RuntimeError("Visible devices cannot be modified after being initialized")

@@ -120,6 +120,16 @@ def test_difference_3_training_takes_this_step(monkeypatch):
         np.testing.assert_allclose(weights, (returns - returns.mean()) / returns.std(), rtol=1e-6)
 
 
+def test_a_finished_training_can_be_resumed():
+    flags = ["--arms", "agent", "--epochs", "3"]
+    folder, arms = run_main(script, flags)
+    _, resumed = run_main(script, ["--resume", str(folder)])
+    for numbers in (arms["agent"]["final"], resumed["agent"]["final"]):
+        assert numbers.pop("steps_per_second") > 0
+    assert resumed["agent"]["runs"][0]["history"] == arms["agent"]["runs"][0]["history"]
+    assert resumed["agent"]["final"] == arms["agent"]["final"]
+
+
 def test_returns_by_hand():
     """In Pong a point ends the discounting: three steps to a point won, two to one lost, two."""
     game = np.array([0.0, 0, 1, 0, -1, 0, 1])
