@@ -1,8 +1,4 @@
-"""dueling_q_cartpole.py: the dueling network by hand and in NumPy, and each difference.
-
-What it shares with double_q_cartpole.py, word for word, is tested in test_double_q_cartpole.py.
-That `load_model` needs no class of ours (difference 7) is tested in test_smoke.py.
-"""
+"""dueling_q_cartpole.py: its network, its differences; what it shares: test_double_q_cartpole."""
 
 import inspect
 import re

@@ -18,9 +18,8 @@ keras = script.keras
 @pytest.fixture
 def short_games(monkeypatch):
     """Make games of 40 steps."""
-    original = script.make_env
-    limited = lambda: gymnasium.wrappers.TimeLimit(original(), 40)  # noqa: E731
-    monkeypatch.setattr(script, "make_env", limited)
+    make_env, limit = script.make_env, gymnasium.wrappers.TimeLimit
+    monkeypatch.setattr(script, "make_env", lambda: limit(make_env(), 40))
 
 
 # --- The environment ---
@@ -47,10 +46,8 @@ def test_the_stack_moves_by_one_frame():
     stack = np.stack([frame(number) for number in (1, 2, 3)])
     moved = script.process_state_stack(stack, frame(4))
     np.testing.assert_array_equal(moved, np.stack([frame(number) for number in (2, 3, 4)]))
-    # The network gets the same frames last, from 0 to 1
-    np.testing.assert_allclose(
-        script.network_input(moved[np.newaxis])[0], np.moveaxis(moved, 0, -1) / 255, rtol=1e-6
-    )
+    last = script.network_input(moved[np.newaxis])[0]  # the network gets frames last, from 0 to 1
+    np.testing.assert_allclose(last, np.moveaxis(moved, 0, -1) / 255, rtol=1e-6)
 
 
 def test_the_rhythm_is_that_of_the_articles_game():
@@ -247,8 +244,7 @@ def test_difference_7_the_units_of_the_advantage_stream_stay_alive(tmp_path):
             action = np.random.randint(6)
             image, reward, terminated, _, _ = env.step(action)
             memory.add_sample(script.image_preprocess(image), action, reward, terminated)
-    states = memory.sample(64)[0][:, :3]
-    agent = script.Agent(seed=0)
+    states, agent = memory.sample(64)[0][:, :3], script.Agent(seed=0)
     assert script.active_units(agent.primary_network, states).sum() > 200
     for _ in range(300):
         agent.learn(*memory.sample(script.BATCH_SIZE))

@@ -52,17 +52,12 @@ def test_output_ends_with_lines_to_paste(smoke_run, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_tags(smoke_run, script):
+def test_tags_and_figures(smoke_run, script):
     run = smoke_run(script)
     for folder, kinds in CASES[script].tags.items():
         found = helpers.tags(run.folder / folder)
         for kind, tags in kinds.items():
             assert found["graph"] if kind == "graph" else tags <= found[kind], (folder, kind)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_figures(smoke_run, script):
-    run = smoke_run(script)
     paths = sorted(run.folder.glob("*.png"))
     assert [path.name for path in paths] == CASES[script].figures
     for path in paths:
