@@ -72,8 +72,8 @@ CASES = {
     ),
     "dueling_q_spaceinvaders": Case(
         tiny=[
-            *["--epochs", "1", "--max-steps", "200", "--replay-size", "150"],
-            *["--delay-training", "160", "--epsilon-min-iter", "20", "--gif-every", "1"],
+            *["--epochs", "1", "--max-steps", "70", "--replay-size", "50"],
+            *["--delay-training", "40", "--epsilon-min-iter", "20", "--gif-every", "1"],
         ],
         history={"dueling": ["reward", "avg loss", "mean q"]},
         tags={"dueling": Q_EPISODES},
