@@ -19,7 +19,7 @@ Differences from the article:
 2. tf_keras instead of Keras 3, whose models TensorFlow Probability's layers reject.
 3. Sigma, which grows with x, is the standard deviation. The article calls it the variance.
 4. The data are drawn with a seed. In the article the array `noise` replaces the function `noise`.
-5. Added: a prior that moves, and least squares. The second fit's rate of 0.05 is the first one's.
+5. Added: a prior that moves, least squares. The second fit has a rate of 0.05, its notebook 0.001.
 """
 
 # /// script

@@ -52,7 +52,7 @@ import tensorflow as tf
 
 SCRIPT = "dueling_q_cartpole"
 MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
-ARTICLE = {"double": {"reward": 190}, "dueling": {"reward": 190}}  # 180 to 200, read off its figure
+ARTICLE = {"double": {"reward": 190}, "dueling": {"reward": 190}}  # 180 to 200
 MAX_EPSILON = 1.0
 MIN_EPSILON = 0.01
 BATCH_SIZE = 32
@@ -203,14 +203,14 @@ def train_agent(arm, seed, run):
             ended = terminated or truncated or steps == args.max_steps
         log.add({"reward": [length], "avg loss": losses}, f", eps {eps:.3f}")
 
-    def greedy(state):
+    def best_action(state):
         return choose_action(state, q_values, eps=0)
 
-    log.finish(evaluate(env, greedy, log, primary_network))
+    log.finish(evaluate(env, best_action, log, primary_network))
     if seed == args.seed:
         primary_network.save(run.folder / f"{arm}.keras")
         if args.gif:
-            save_gif(env, greedy, run.folder / f"{arm}.gif")
+            save_gif(env, best_action, run.folder / f"{arm}.gif")
 
 
 def evaluate(env, policy, log, network):

@@ -14,7 +14,7 @@ greedy games then make 256. After game 1,050 it falls again, to 186 in the last 
 
 Differences from the article:
 1. A sampled state ends with the frame that the agent acted on. The article's is one frame older.
-2. No state mixes two games. The first frame of a game is stored, and repeated to make a state.
+2. No state mixes two games. A game's first frame, which the article never stores, is repeated.
 3. A full memory is drawn from as a whole. The article draws from 32 frames of it, then from 33, ...
 4. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
 5. The advantages' mean is taken over the actions, not the batch. The target starts as a copy.
@@ -105,7 +105,7 @@ def process_state_stack(state_stack, frame):
 # As in dueling_q_cartpole.py, Q is a value plus an advantage. Two convolutions read the frames.
 @tf.function(jit_compile=True)
 def network_input(frames):
-    """Return frames (batch, n, 105, 80), uint8, as Conv2D wants them: (batch, 105, 80, n)."""
+    """Return frames (batch, n, 105, 80), uint8, as Conv2D's (batch, 105, 80, n), from 0 to 1."""
     return tf.cast(tf.transpose(frames, (0, 2, 3, 1)), tf.float32) / 255
 
 

@@ -3,7 +3,7 @@
 Article: "Transfer learning in TensorFlow 2 tutorial" (Adventures in Machine Learning).
 
 A network trained on the photographs of ImageNet has learned features that help with other images
-too. Here ResNet50 is frozen. Its last layer is replaced by global average pooling and a single
+too. Here ResNet50 is frozen. Its last layers are replaced by global average pooling and a single
 neuron, and only this neuron is trained.
 
     python transfer_resnet50.py                  # both networks, 7 epochs each; fetches 900 MB

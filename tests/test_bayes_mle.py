@@ -155,6 +155,7 @@ def test_what_a_run_records():
         model = script.MODELS[arm]()
         model.load_weights(folder / f"{arm}.weights.h5")
         kernel, bias = model.get_weights()
+        assert abs(bias[0]) > 0.3  # difference 5: a rate of 0.001 moves it by 0.03 at most
         fit = estimates["fit"]
         assert (fit["slope"], fit["intercept"]) == pytest.approx((kernel[0, 0], bias[0]), rel=1e-3)
         assert {**fit, "parameters": kernel.size + bias.size} == arms[arm]["final"]

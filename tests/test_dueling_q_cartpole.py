@@ -1,4 +1,4 @@
-"""dueling_q_cartpole.py: its network, its differences; what it shares: test_double_q_cartpole."""
+"""dueling_q_cartpole.py's own network and differences; test_double_q_cartpole.py tests the rest."""
 
 import inspect
 import re
