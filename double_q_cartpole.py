@@ -13,11 +13,11 @@ best next action, and a second one, which follows the first slowly, says what th
 Result (300 episodes, seeds 0 to 19): RESULT
 
 Differences from the article:
-1. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for it;
+1. CartPole-v0 is no more. This is CartPole-v1 with v0's limit of 200 steps.
+2. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for it;
    the article's `valid_idxs` looks for zeros.
-2. The last step of an episode counts in its length. `avg loss` leaves out steps without training.
-3. All networks start from the same weights. The training step is compiled.
-4. CartPole-v0 is no more. This is CartPole-v1 with v0's limit of 200 steps.
+3. The training step is compiled. `avg loss` leaves out steps without training.
+4. The last step of an episode counts in its length. All networks start from the same weights.
 """
 
 # /// script
@@ -109,6 +109,12 @@ def choose_action(q_values, eps):
     return int(np.argmax(q_values))
 
 
+def update_network(primary_network, target_network):
+    """Move each weight t of the target a little towards the primary's weight e."""
+    for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
+        t.assign(t * (1 - TAU) + e * TAU)
+
+
 def train(primary_network, target_network, optimizer, batch, state):
     """Take a gradient step on a batch (n, 11); return its loss and the new Q values of a state.
 
@@ -132,8 +138,7 @@ def train(primary_network, target_network, optimizer, batch, state):
         loss = tf.reduce_mean(tf.square(target_q - taken * prim_qt))
     optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
     if target_network is not None:
-        for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
-            t.assign(t * (1 - TAU) + e * TAU)
+        update_network(primary_network, target_network)
     return loss, primary_network(state)
 
 
@@ -343,9 +348,10 @@ class Run:
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
         print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print(f"\nimport {keras.__name__}")
+        print()
+        name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
-            print(f'model = {keras.__name__}.models.load_model("{path.as_posix()}")')
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
         print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 

@@ -4,24 +4,22 @@ Article: "Dueling Q networks in TensorFlow 2" (Adventures in Machine Learning).
 
 How good a state is often matters more than which action is taken in it. So a dueling network
 estimates the value of the state and the advantage of each action separately, and adds them. Both
-arms learn by Double Q, as in double_q_cartpole.py. Only the network differs.
+agents learn by Double Q, as in double_q_cartpole.py. Only the network differs.
 
     python dueling_q_cartpole.py
     python dueling_q_cartpole.py --epochs 300 --runs 5    # mean and spread of five runs
 
-Result (300 episodes, seeds 0 to 4): from episode 100 on the pole stood for 166 steps on average
-with Double Q, and for 167 with Dueling Q. The article, too, finds no clear difference.
+Result (300 episodes, seeds 0 to 4): RESULT
 
 Differences from the article:
-1. The mean of the advantages is taken over the actions of each state. The article takes it over the
-   whole batch, so a state's Q values depend on the other states. We saw no harm from it.
-2. The target network starts as a copy. The article copies before the networks have any weights.
-3. Epsilon falls until step 300 + 5,000. The article's jumps at step 5,000, from 0.07 to 0.01.
-4. `avg loss` leaves out steps without training. The article counts each of them as a loss of -1.
-5. Only a fallen pole is terminal, not the time limit. The memory has a column for it.
-6. The memory is one array with named columns, in which a new step replaces the oldest one.
-7. DQModel is a function, so a saved model loads without it. Learning and Q values are compiled.
-8. Training ends after 500 episodes. The article's loop runs for a million.
+1. CartPole-v0 is no more. This is CartPole-v1 with v0's limit of 200 steps.
+2. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for it;
+   the article's `valid_idxs` looks for zeros.
+3. The training step is compiled. `avg loss` leaves out steps without training.
+4. The mean of the advantages is taken over a state's actions. The article's is over the batch.
+5. The target network starts as a copy. The article copies before the networks have any weights.
+6. Epsilon falls until step 300 + 5,000. The article's jumps at step 5,000, from 0.07 to 0.01.
+7. DQModel is a function, so a saved model loads without it. 500 episodes take the million's place.
 """
 
 # /// script
@@ -31,8 +29,8 @@ Differences from the article:
 # ///
 
 import argparse
-import contextlib
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -42,6 +40,8 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # faster: the network is small
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # a GIF needs no window
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
@@ -52,20 +52,30 @@ import tensorflow as tf
 
 SCRIPT = "dueling_q_cartpole"
 MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
-ARTICLE = {"double": {"reward": 190}, "dueling": {"reward": 190}}  # 180 to 200
-MAX_EPSILON = 1.0
+ARTICLE = {"double": {}, "dueling": {}}  # a figure is all it shows
+MAX_EPSILON = 1
 MIN_EPSILON = 0.01
+EPSILON_MIN_ITER = 5000
+DELAY_TRAINING = 300
+GAMMA = 0.95  # what a reward one step later is worth
 BATCH_SIZE = 32
-NUM_ACTIONS = 2
+TAU = 0.08  # how fast the target network follows
+RANDOM_REWARD_STD = 1.0
+
+state_size = 4
+num_actions = 2
 
 
-# --- Algorithm ---
+# %% Algorithm
 # First what a value and an advantage are; then the network, and Double Q to train it.
 def show_dueling_example():
-    """Print V and A = Q - V of the article's state, for a random policy and for the best one."""
-    Q = np.array([10.0, 50.0, 100.0])  # what three actions pay; each of them ends the game
-    for policy, V in {"a random policy": Q.mean(), "the best policy": Q.max()}.items():
-        print(f"Q = {Q}; under {policy} V = {V:.2f}, A = {np.round(Q - V, 2)}")
+    """Print V and A = Q - V of the article's state, and what the larger of two rewards is worth."""
+    Q = np.array([10, 50, 100])  # what three actions pay; each of them ends the game
+    V = np.mean(Q)  # under a policy that chooses at random
+    print(f"Q = {Q}, V = {V:.2f}, A = {np.round(Q - V, 2)}; under the best policy V = {Q.max()}")
+    a = np.random.normal(2, 1, 10000)
+    b = np.random.normal(1, 4, 10000)  # worse on average, and noisier
+    print(f"means: a {a.mean():.2f}, b {b.mean():.2f}, the larger {np.maximum(a, b).mean():.2f}")
 
 
 def DQModel(hidden_size, num_actions, dueling):
@@ -75,223 +85,192 @@ def DQModel(hidden_size, num_actions, dueling):
     mean, a Q of 60 could be 50 + 10, 0 + 60 or -1000 + 1060, and V could be any number.
     """
     dense = functools.partial(keras.layers.Dense, kernel_initializer="he_normal")
-    inputs = keras.Input((4,))
-    x = dense(hidden_size, "relu", name="dense1")(inputs)
-    x = dense(hidden_size, "relu", name="dense2")(x)
-    adv = dense(hidden_size, "relu", name="adv_dense")(x)
+    inputs = keras.Input((state_size,))
+    x = dense(hidden_size, activation="relu", name="dense1")(inputs)
+    x = dense(hidden_size, activation="relu", name="dense2")(x)
+    adv = dense(hidden_size, activation="relu", name="adv_dense")(x)
     adv = dense(num_actions, name="adv_out")(adv)  # (batch, num_actions)
     if not dueling:
         return keras.Model(inputs, adv)  # plain Q values
-    v = dense(hidden_size, "relu", name="v_dense")(x)
+    v = dense(hidden_size, activation="relu", name="v_dense")(x)
     v = dense(1, name="v_out")(v)  # (batch, 1)
-    mean_adv = keras.ops.mean(adv, axis=1, keepdims=True)  # over the actions of each state
-    return keras.Model(inputs, keras.layers.Add()([v, adv - mean_adv]))
+    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # over the actions of each state
+    combined = keras.layers.Add()([v, norm_adv])
+    return keras.Model(inputs, combined)
 
 
 class Memory:
-    """The newest `max_memory` steps; once it is full, a new step replaces the oldest one."""
+    """The newest steps, a row each: state, action, reward, next state, terminal (1) or not (0)."""
 
     def __init__(self, max_memory):
-        self.max_memory = max_memory
-        self.rows = np.zeros((max_memory, 11), "float32")  # one table, so that a batch is one copy
-        self.states = self.rows[:, 0:4]
-        self.actions = self.rows[:, 4]
-        self.rewards = self.rows[:, 5]
-        self.next_states = self.rows[:, 6:10]
-        self.terminals = self.rows[:, 10]
+        self.rows = np.zeros((max_memory, 2 * state_size + 3), "float32")
         self.added = 0
 
     def add_sample(self, state, action, reward, next_state, terminal):
-        place = self.added % self.max_memory
-        self.states[place] = state
-        self.actions[place] = action
-        self.rewards[place] = reward
-        self.next_states[place] = next_state
-        self.terminals[place] = terminal
+        place = self.added % len(self.rows)  # that of the oldest step, once the table is full
+        self.rows[place] = [*state, action, reward, *next_state, terminal]
         self.added += 1
 
     def sample(self, no_samples):
-        """Return rows (no_samples, 11) of the memory, none of them drawn twice."""
-        places = random.sample(range(min(self.added, self.max_memory)), no_samples)
-        return tf.constant(self.rows[places])
+        """Return rows (no_samples, 11), none of them drawn twice."""
+        num_samples = min(self.added, len(self.rows))
+        return tf.constant(self.rows[random.sample(range(num_samples), no_samples)])
 
 
-def split_rows(rows):
-    """Return the states, actions, rewards, next states and terminals of rows (n, 11)."""
-    return rows[:, 0:4], rows[:, 4], rows[:, 5], rows[:, 6:10], rows[:, 10]
-
-
-def choose_action(state, q_values, eps):
+def choose_action(q_values, eps):
     """Return a random action with probability `eps`, else the one with the largest Q value."""
     if random.random() < eps:
-        return random.randrange(NUM_ACTIONS)
-    return int(np.argmax(q_values(tf.constant(state[np.newaxis]))))
+        return random.randint(0, num_actions - 1)
+    return int(np.argmax(q_values))
 
 
-def train(batch, primary_network, target_network, optimizer, gamma):
-    """Take a gradient step of Double Q, and return its loss.
-
-    The primary network chooses the next action, and the target network says what it is worth.
-    """
-    states, actions, rewards, next_states, terminals = batch
-    prim_action_tp1 = tf.argmax(primary_network(next_states), axis=1)
-    q_from_target = target_network(next_states)  # (batch, 2)
-    q_next = tf.gather(q_from_target, prim_action_tp1, batch_dims=1)
-    target_q = rewards + gamma * (1 - terminals) * q_next
-    taken = tf.one_hot(tf.cast(actions, tf.int32), NUM_ACTIONS)  # the other action adds no loss
-    with tf.GradientTape() as tape:
-        error = taken * (target_q[:, tf.newaxis] - primary_network(states))
-        loss = tf.reduce_mean(tf.square(error))
-    optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
-    return loss
-
-
-def update_network(primary_network, target_network, tau):
-    """Move each weight t of the target towards the primary's e: t becomes t (1 - tau) + e tau."""
+def update_network(primary_network, target_network):
+    """Move each weight t of the target a little towards the primary's weight e."""
     for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
-        t.assign_add(tau * (e - t))
+        t.assign(t * (1 - TAU) + e * TAU)
 
 
-# --- Training ---
-# One loop for both arms: act, store the step, learn, let the target network follow.
-def compile_agent(primary_network, target_network, args):
-    """Return the functions learn(rows) and q_values(states), compiled for one shape each."""
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
+def train(primary_network, target_network, optimizer, batch, state):
+    """Take a gradient step on a batch (n, 11); return its loss and the new Q values of a state.
 
-    def learn(rows):
-        batch = split_rows(rows)
-        loss = train(batch, primary_network, target_network, optimizer, args.gamma)
-        update_network(primary_network, target_network, args.tau)
-        return loss
+    Q_target = r + GAMMA Q_target_network(s', a*), a* = argmax_a Q(s', a), in Double Q learning.
+    """
+    states, actions, rewards, next_states, terminals = tf.split(batch, [4, 1, 1, 4, 1], axis=1)
+    prim_qtp1 = primary_network(next_states)  # (batch, 2)
+    prim_action_tp1 = tf.argmax(prim_qtp1, axis=1)
+    q_from_target = target_network(next_states)
+    q_next = tf.gather(q_from_target, prim_action_tp1, batch_dims=1)
+    updates = rewards + GAMMA * (1 - terminals) * q_next[:, tf.newaxis]  # (batch, 1)
+    taken = tf.one_hot(tf.cast(actions[:, 0], tf.int32), num_actions)  # (batch, 2)
+    target_q = taken * updates  # the other action adds no loss
+    with tf.GradientTape() as tape:
+        prim_qt = primary_network(states)
+        loss = tf.reduce_mean(tf.square(target_q - taken * prim_qt))
+    optimizer.apply(tape.gradient(loss, primary_network.trainable_variables))
+    update_network(primary_network, target_network)
+    return loss, primary_network(state)
 
-    compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
-    learn = compiled(learn).get_concrete_function(tf.TensorSpec((BATCH_SIZE, 11)))
-    q_values = compiled(primary_network).get_concrete_function(tf.TensorSpec((1, 4)))
-    return learn, q_values
 
-
+# %% Training
+# In each step an agent acts, stores what it has seen, and learns from a batch of old steps.
 def train_agent(arm, seed, run):
     """Train one agent; record its episodes and final numbers; save the first seed's network."""
-    args = run.args
     keras.utils.set_random_seed(seed)
     env = gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
     memory = Memory(500000)
-    primary_network = DQModel(30, NUM_ACTIONS, dueling=arm == "dueling")
-    target_network = DQModel(30, NUM_ACTIONS, dueling=arm == "dueling")
+    primary_network = DQModel(30, num_actions, dueling=arm == "dueling")
+    target_network = DQModel(30, num_actions, dueling=arm == "dueling")
     target_network.set_weights(primary_network.get_weights())
-    learn, q_values = compile_agent(primary_network, target_network, args)
-    log = EpisodeLog(run, arm, seed)
-    print(f"{log.name}: pre-training, {args.delay_training} random steps")
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
+    learn = functools.partial(train, primary_network, target_network, optimizer)
+    shapes = tf.TensorSpec((BATCH_SIZE, 11)), tf.TensorSpec((1, 4))  # fixed: a third less time
+    learn = tf.function(learn, jit_compile=True).get_concrete_function(*shapes)
+    predict = tf.function(primary_network, jit_compile=True)
+    train_writer = start_training(run, arm, seed)
+    print(f"Pre-training... {run.args.delay_training} random steps")
     steps = 0
-    while log.episodes < args.epochs and steps != args.max_steps:
-        state, _ = env.reset(seed=None if steps else seed)  # only the first episode is seeded
-        length, losses = 0, []
-        ended = False
-        while not ended:
-            progress = max(0, steps - args.delay_training) / args.epsilon_min_iter
+    num_episodes = run.args.epochs
+    for episode in range(1, num_episodes + 1):
+        state, _ = env.reset(seed=seed if episode == 1 else None)
+        q_values = predict(tf.constant(state[np.newaxis]))
+        cnt = 0
+        losses = []
+        done = False
+        while not done:
+            progress = max(0, steps - run.args.delay_training) / run.args.epsilon_min_iter
             eps = MAX_EPSILON - min(progress, 1) * (MAX_EPSILON - MIN_EPSILON)
-            action = choose_action(state, q_values, eps)
+            action = choose_action(q_values, eps)
             next_state, _, terminated, truncated, _ = env.step(action)
-            reward = np.random.normal(1.0, args.random_reward_std)
+            reward = np.random.normal(1.0, run.args.random_reward_std)
             memory.add_sample(state, action, reward, next_state, terminated)
             state = next_state
-            length += 1
+            cnt += 1
             steps += 1
-            if steps > args.delay_training:
-                losses.append(float(learn(memory.sample(BATCH_SIZE))))
-            ended = terminated or truncated or steps == args.max_steps
-        log.add({"reward": [length], "avg loss": losses}, f", eps {eps:.3f}")
-
-    def best_action(state):
-        return choose_action(state, q_values, eps=0)
-
-    log.finish(evaluate(env, best_action, log, primary_network))
-    if seed == args.seed:
+            if steps <= run.args.delay_training:
+                q_values = predict(tf.constant(state[np.newaxis]))
+            else:
+                batch = memory.sample(BATCH_SIZE)
+                loss, q_values = learn(batch, tf.constant(state[np.newaxis]))
+                losses.append(float(loss))
+            done = terminated or truncated
+        avg_loss = sum(losses) / max(1, len(losses))
+        run.record(arm, episode, {"reward": cnt, "avg loss": avg_loss})
+        with train_writer.as_default(step=episode):
+            tf.summary.scalar("reward", cnt)
+            tf.summary.scalar("avg loss", avg_loss)
+        if episode % max(1, num_episodes // 20) == 0:
+            print(f"Episode: {episode}, Reward: {cnt}, avg loss: {avg_loss:.3f}, eps: {eps:.3f}")
+        if run.args.max_steps and steps >= run.args.max_steps:
+            break
+    rewards = run.records[arm]["history"]["reward"]
+    run.conclude(arm, evaluate(predict, env, rewards))
+    if seed == run.args.seed:
         primary_network.save(run.folder / f"{arm}.keras")
-        if args.gif:
-            save_gif(env, best_action, run.folder / f"{arm}.gif")
+        if run.args.gif:
+            save_gif(env, predict, run.folder / f"{arm}.gif")
 
 
-def evaluate(env, policy, log, network):
-    """Play ten greedy episodes; return the final numbers of a training."""
-    averages = moving_average(log.record["history"]["reward"])
+def evaluate(predict, env, rewards):
+    """Play ten greedy episodes; return the final numbers of a training with these rewards."""
+    episodes = [play(env, predict) for _ in range(10)]
+    averages = moving_average(rewards)
+    above_180 = [average > 180 for average in averages]
     return {
-        "reward": averages[-1].item(),
-        "episodes_to_180": int(np.argmax(np.append(averages > 180, True))) + 1,  # never: all + 1
-        "greedy_reward": statistics.mean(play(env, policy) for _ in range(10)),
-        "parameters": network.count_params(),
+        "reward": averages[-1],
+        "reached_180": any(above_180),
+        "episodes_to_180": above_180.index(True) + 1 if any(above_180) else None,
+        "greedy_reward": statistics.mean(len(states) for states in episodes),
     }
 
 
-# --- Figures ---
-# The article's figure, the reward by episode.
-def plot(run):
-    """Draw the reward of each arm by episode."""
-    figure, axes = plot_episodes(run.results["arms"], "reward")
-    axes.set_title(f"CartPole, each step pays N(1, {run.args.random_reward_std:g})")
-    figure.savefig(run.folder / "reward.png")
-
-
-# --- Command line ---
+# %% Command line
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", "--episodes", default=500)
     add = parser.add_argument
-    add("--max-steps", type=int, help="end a training after this many environment steps")
-    add("--random-reward-std", type=float, default=1.0, help="standard deviation of a reward")
-    add("--epsilon-min-iter", type=int, default=5000, help="steps over which epsilon falls")
-    add("--delay-training", type=int, default=300, help="random steps before the first training")
-    add("--gamma", type=float, default=0.95, help="what a reward one step later is worth")
-    add("--tau", type=float, default=0.08, help="how fast the target network follows")
+    add("--max-steps", type=int, help="end a training with the episode that reaches this step")
+    add("--random-reward-std", type=float, default=RANDOM_REWARD_STD, help="noise of the rewards")
+    add("--epsilon-min-iter", type=int, default=EPSILON_MIN_ITER, help="steps until epsilon is low")
+    add("--delay-training", type=int, default=DELAY_TRAINING, help="random steps before training")
     add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
-    add("--arms", nargs="+", choices=list(ARTICLE), default=list(ARTICLE), help="agents to train")
+    add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="agents to train")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     args = parse_flags(parser, argv)
+    if args.gif and not importlib.util.find_spec("pygame"):
+        parser.error("argument --gif: pygame is missing; pip install pygame")
     if args.delay_training < BATCH_SIZE:
         parser.error(f"argument --delay-training: a batch needs {BATCH_SIZE} steps")
-    with Run(args, "CartPole") as run:
-        with contextlib.suppress(RuntimeError):  # too late in a process that has trained before
-            tf.config.threading.set_intra_op_parallelism_threads(1)  # faster: the network is small
-        show_dueling_example()
-        for arm in dict.fromkeys(run.args.arms):  # each of them once
-            for seed in range(run.args.seed, run.args.seed + run.args.runs):
-                train_agent(arm, seed, run)
-        plot(run)
-        return run.report()
+    run = Run(args, "CartPole")
+    keras.utils.set_random_seed(args.seed)
+    show_dueling_example()
+    for arm in args.arms:
+        for seed in range(args.seed, args.seed + args.runs):
+            train_agent(arm, seed, run)
+    compare_rewards(run, f"CartPole, each step pays N(1, {args.random_reward_std:g})")
+    return run.report()
 
 
-# --- Frame: flags, faults, folder and results; the same text in every script ---
-def make_parser(*names, default, several=False):
+# %% Frame: flags, run folder and results; the same text in every script
+def make_parser(*names, default, devices=("auto", "cpu", "gpu")):
     """Return a parser with the flags of every script; `names` are the names of the first flag."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser(description=lines[0], allow_abbrev=False)
+    parser.epilog = "; ".join(line.split("#")[0].strip() for line in lines if "   python" in line)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
-    add("--logdir", default="log", help="each run makes a folder of its own in this one")
+    add("--device", choices=devices, default="auto", help="auto is a GPU where there is one")
+    add("--logdir", type=os.path.expanduser, default="log", help="each run makes a folder in it")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
 
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return the name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
-    except RuntimeError:  # TensorFlow has already started in this process
-        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
-    return name
-
-
 def parse_flags(parser, argv):
     """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - pythonw has none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(line_buffering=True)
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
@@ -299,156 +278,151 @@ def parse_flags(parser, argv):
     except SystemExit as end:
         raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
-    if "://" in args.logdir:
-        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if value == "" or (type(value) in (int, float) and not least <= value < 2**32):
+            parser.error(f"argument --{name.replace('_', '-')}: {value!r} is not allowed")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
+    if args.device == "gpu" and not gpus:
+        parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        parser.error(f"argument --device: too late for {args.device}; restart Python first")
     return args
 
 
 class Run:
-    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+    """A run, new or going on with an `earlier` one: its flags, folder and results.json."""
 
-    def __init__(self, args, data, results=None):
-        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-            sys.stdout.reconfigure(line_buffering=True)
+    def __init__(self, args, data, earlier=None):
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        self.args = args
+        self.folder = pathlib.Path(args.logdir, SCRIPT, name)
         while self.folder.exists():  # two runs may start in one second
             self.folder = self.folder.with_name(f"{self.folder.name}-2")
-        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
-        if results:
-            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        if earlier:
+            self.folder = pathlib.Path(args.resume)
+        self.events = self.folder / f"resumed-{name}" if earlier else self.folder  # TensorBoard's
+        device = ", ".join(gpu.name for gpu in tf.config.get_visible_devices("GPU")) or "CPU"
+        self.results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data}
         self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
-        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
-        self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results["complete"] = False
-        with self:  # its end writes results.json
-            self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
-            raise SystemExit(f"error: {kind.__name__}: {error}") from None
-        if kind is not SystemExit:
-            self.write()
-        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
-        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    def write(self):
-        """Write results.json beside the old one and rename it, so that it is never half written."""
-        try:
-            text = json.dumps(self.results, indent=1, allow_nan=False)
-        except ValueError:
-            raise SystemExit("error: a number is not finite; try another --seed") from None
-        (self.folder / "results.json.tmp").write_text(text)
-        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
-
-    def report(self):
-        """Print the results beside the article's and how to go on; return the final numbers."""
-        self.results["complete"] = True
+        self.results["arms"] = earlier["arms"] if earlier else {}
+        self.records = self.results["arms"]  # {arm: what record() and conclude() fill}
+        self.clock = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder.as_posix()}")
+
+    def record(self, arm, epoch, metrics):
+        """Keep the metrics of an epoch, counted from 1; a repeated one replaces its record."""
+        record = self.records.setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
+        for metric, value in metrics.items():
+            record["history"].setdefault(metric, [])[epoch - 1 :] = [value]
+        record["seconds"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        if self.clock > self.written + 1:
+            self.write()
+
+    def conclude(self, arm, numbers):
+        """Keep final numbers of an arm."""
+        self.records[arm]["final"].update(numbers)
+        self.write()
+
+    def write(self, complete=False):
+        """Write results.json beside the old one and rename it, so that it is never half written."""
+        text = json.dumps(self.results | {"complete": complete}, indent=1)
+        (self.folder / "results.tmp").write_text(text)
+        os.replace(self.folder / "results.tmp", self.folder / "results.json")
+        self.written = time.perf_counter()
+
+    def report(self, *lines):
+        """Print the final numbers, the figures, and lines to paste; return the final numbers."""
+        self.write(complete=True)
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
             for metric, value in record["final"].items():
-                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
-        for path in sorted(self.folder.glob("*.*")):
-            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
-        print(f'tensorboard --logdir "{self.folder}"')
+                form = "," if isinstance(value, int) else ",.4g"
+                here = "never" if value is None else format(value, form)
+                print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
+        print()
+        name = keras.__name__
+        for path in sorted(self.folder.glob("*.keras")):
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
+        print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
 
-# --- Frame, episodes: the same text in every CartPole script ---
-class EpisodeLog:
-    """Keeps the episodes of one training, in results.json, in TensorBoard and on the screen."""
-
-    def __init__(self, run, arm, seed):
-        self.run, self.name, self.episodes = run, f"{arm}, seed {seed}", 0
-        self.record = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
-        new = {"history": self.record["history"], "final": {}, "seconds": 0.0, "runs": []}
-        self.arm = run.results["arms"].setdefault(arm, new)
-        self.arm["runs"].append(self.record)
-        self.writer = tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
-        self.start = time.perf_counter()
-
-    def add(self, values, note=""):
-        """Record an episode, {tag: list of numbers}: the mean of each list, None if it is empty."""
-        self.episodes += 1
-        means = {tag: statistics.mean(v) if v else None for tag, v in values.items()}
-        with self.writer.as_default(step=self.episodes):
-            for tag, mean in means.items():
-                self.record["history"].setdefault(tag, []).append(mean)
-                if mean is not None:
-                    tf.summary.scalar(tag, mean)
-        self.record["seconds"] = time.perf_counter() - self.start
-        if self.episodes % max(1, self.run.args.epochs // 20) == 0:
-            line = ", ".join(f"{tag} {mean:.4g}" for tag, mean in means.items() if values[tag])
-            print(f"{self.name}, episode {self.episodes}: {line}{note}")
-            self.run.write()
-
-    def finish(self, final):
-        """Record the final numbers of this training; the arm's are the means over its runs."""
-        self.record["final"] = final
-        self.arm["seconds"] = sum(run["seconds"] for run in self.arm["runs"])
-        for metric in final:
-            values = [run["final"][metric] for run in self.arm["runs"]]
-            self.arm["final"][metric] = statistics.mean(values)
-            if len(values) > 1:
-                self.arm.setdefault("spread", {})[metric] = statistics.stdev(values)
-        self.run.write()
+# %% Frame, episodes: the same text in every CartPole script
+def start_training(run, arm, seed):
+    """Let `run` record a new training of an arm; return a writer for TensorBoard."""
+    print(f"\n{arm}, seed {seed}")
+    training = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
+    record = run.results["arms"].setdefault(arm, {"runs": [], "final": {}, "spread": {}})
+    record["runs"].append(training)
+    run.records = {arm: training}
+    return tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
 
 
-def play(env, policy):
-    """Play an episode with policy(state) -> action; return the sum of its rewards."""
+def play(env, predict):
+    """Play an episode, always with the action of the largest output; return its states (n, 4)."""
+    states = []
     state, _ = env.reset()
-    total = 0.0
-    while True:
-        state, reward, terminated, truncated, _ = env.step(policy(state))
-        total += reward
-        if terminated or truncated:
-            return total
+    done = False
+    while not done:
+        states.append(state)
+        action = int(np.argmax(predict(tf.constant(state[np.newaxis]))))
+        state, _, terminated, truncated, _ = env.step(action)
+        done = terminated or truncated
+    return np.array(states)
 
 
-def save_gif(env, policy, path):
+def save_gif(env, predict, path):
     """Play an episode and save it as an animation."""
+    print(f"{path.name}: an episode is drawn ...")
     env = gymnasium.wrappers.RenderCollection(env)
-    play(env, policy)
+    play(env, predict)
     first, *others = [keras.utils.array_to_img(picture) for picture in env.render()]
     first.save(path, save_all=True, append_images=others, duration=20, loop=0)
 
 
 def moving_average(values):
-    """Return the mean of each value and up to 19 before it; NaN where one of them is None."""
-    values = np.array(values, "float64")
-    return np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
+    """Return the mean of each value and up to 19 before it."""
+    return [float(np.mean(values[max(0, i - 19) : i + 1])) for i in range(len(values))]
 
 
-def plot_episodes(arms, metric):
-    """Draw a metric by episode, each arm's mean and spread over runs; return figure and axes."""
+def compare_rewards(run, title):
+    """Average the final numbers of each arm over its trainings; draw its reward by episode."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, record in arms.items():
-        histories = [training["history"][metric] for training in record["runs"]]
+    for arm, record in run.results["arms"].items():
+        for metric in record["runs"][0]["final"]:
+            values = [training["final"][metric] for training in record["runs"]]
+            if None not in values:
+                record["final"][metric] = statistics.mean(values)
+                record["spread"][metric] = statistics.stdev(values) if len(values) > 1 else 0.0
+            elif set(values) == {None}:  # as in each of them; of a few no mean is made
+                record["final"][metric] = None
+        histories = [training["history"]["reward"] for training in record["runs"]]
         length = min(len(history) for history in histories)
         averages = np.array([moving_average(history[:length]) for history in histories])
-        mean, spread = averages.mean(axis=0), averages.std(axis=0)  # (length,)
         episodes = range(1, length + 1)
-        axes.plot(episodes, mean, label=arm)
-        axes.fill_between(episodes, mean - spread, mean + spread, alpha=0.2)
-    axes.set(xlabel="episode", ylabel=f"{metric} (mean of 20 episodes)")
-    axes.legend()
-    return figure, axes
+        (line,) = axes.plot(episodes, averages.mean(axis=0), label=f"{arm}, {len(histories)} runs")
+        axes.plot(episodes, averages.T, color=line.get_color(), alpha=0.2)
+    axes.set(title=title, xlabel="episode", ylabel="reward (mean of 20 episodes)")
+    axes.legend(title="mean, and each run")
+    figure.savefig(run.folder / "reward.png")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error) is Exception:  # Keras, if a download fails
+            raise SystemExit(f"error: {type(error).__name__}: {error}") from None
+        raise

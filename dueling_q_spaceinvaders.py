@@ -9,19 +9,17 @@ it chooses more and more actions itself, and after each step it learns from 32 s
     python dueling_q_spaceinvaders.py                     # takes hours on a CPU; Ctrl-C stops it
     python dueling_q_spaceinvaders.py --resume RUN_DIR    # goes on with a stopped run
 
-Result (seed 0): the reward rises from 161 points a game at random to 265 in games 697 to 796. Ten
-greedy games then make 256. After game 1,050 it falls again, to 186 in the last 100 of 1,206 games.
+Result (seed 0): RESULT
 
 Differences from the article:
-1. A sampled state ends with the frame that the agent acted on. The article's is one frame older.
-2. No state mixes two games. A game's first frame, which the article never stores, is repeated.
-3. A full memory is drawn from as a whole. The article draws from 32 frames of it, then from 33, ...
-4. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
-5. The advantages' mean is taken over the actions, not the batch. The target starts as a copy.
-6. Epsilon falls until step 550,000; the article's jumps. `avg loss` counts only trained steps.
-7. Adam has a learning rate of 2.5e-4 and an epsilon of 3e-4. With its default epsilon of 1e-7 even
-   tiny gradients move the weights by full steps and kill ReLU units: after 300 steps 44 to 93 of
-   the advantage stream's 256 still answer, with ours 203 to 228 (seeds 0 to 4).
+1. TAU is 0.001, not 0.08, and Adam has a rate of 2.5e-4 and an epsilon of 3e-4. With TAU 0.08, or
+   with Adam's own epsilon of 1e-7, ReLU units die: UNITS
+2. A sampled state ends with the frame that the agent acted on; the article's is one frame older. It
+   never mixes two games. A full memory is drawn from as a whole, not from its first 32 frames only.
+3. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
+4. The mean of the advantages is taken over a state's actions. The article's is over the batch.
+5. The target network starts as a copy. Epsilon falls until step 550,000; the article's jumps.
+6. SpaceInvaders-v0 is v5 with v0's rhythm. 1,500 games take a million's place.
 """
 
 # /// script
@@ -50,40 +48,37 @@ import tensorflow as tf
 
 SCRIPT = "dueling_q_spaceinvaders"
 MODULES = (tf, keras, np, gymnasium, ale_py)  # results.json names their versions
-ARTICLE = {"dueling": {}}  # its figure rises over 1,500 games; it names 60 points in game 50
-POST_PROCESS_IMAGE_SIZE = (105, 80)
-NUM_FRAMES = 3
-NUM_ACTIONS = 6
-HIDDEN_SIZE = 256
-DOUBLE_Q = True  # False: the article's plain deep Q learning
-MAX_EPSILON = 1.0
+ARTICLE = {"dueling": {}}  # it shows a figure, and names 60 points in game 50
+MAX_EPSILON = 1
 MIN_EPSILON = 0.1
+EPSILON_MIN_ITER = 500000
 GAMMA = 0.99
-TAU = 0.08
 BATCH_SIZE = 32
-LEARNING_RATE = 2.5e-4
-ADAM_EPSILON = 3e-4
-EVALUATION_GAMES = 10
+TAU = 0.001
+POST_PROCESS_IMAGE_SIZE = (105, 80)
+DELAY_TRAINING = 50000
+NUM_FRAMES = 3
+GIF_RECORDING_FREQ = 50
+
+num_actions = 6
+double_q = True  # False: the article's plain deep Q learning
 
 
-# --- Environment ---
+# %% Environment
 # The screen is made grey and halved. Three such frames in a row are what the agent sees.
-def make_env():
-    """Return the game with the dynamics of the article's SpaceInvaders-v0: 2 to 4 frames a step.
+def make_env(max_steps=None):
+    """Return the game with the rhythm of the article's SpaceInvaders-v0: 2 to 4 frames a step.
 
     In v5 a step is always 4 frames, and the frames that the agent then sees show no enemy bomb.
     """
     gymnasium.register_envs(ale_py)
-    game = "ALE/SpaceInvaders-v5"
-    return gymnasium.make(game, frameskip=(2, 5), repeat_action_probability=0.25)
+    rhythm = {"frameskip": (2, 5), "repeat_action_probability": 0.25}
+    return gymnasium.make("ALE/SpaceInvaders-v5", max_episode_steps=max_steps, **rhythm)
 
 
 def image_preprocess(image):
-    """Return a screen (210, 160, 3), uint8, in grey and halved, (105, 80), uint8.
-
-    It does what tf.image.rgb_to_grayscale and tf.image.resize do, the mean of 2 x 2 points. Those
-    take 1.5 ms of processor time for a frame, or 0.6 ms compiled; this takes 0.04 ms.
-    """
+    """Return a screen (210, 160, 3), uint8, in grey and halved, (105, 80), uint8."""
+    # As tf.image.rgb_to_grayscale and tf.image.resize do, but in 0.04 ms instead of 1.5 ms
     grey = image @ np.float32([0.2989, 0.5870, 0.1140])
     rows = grey[::2] + grey[1::2]  # (105, 160)
     sums = rows[:, ::2] + rows[:, 1::2]  # (105, 80)
@@ -101,33 +96,30 @@ def process_state_stack(state_stack, frame):
     return np.concatenate([state_stack[1:], frame[np.newaxis]])
 
 
-# --- Model ---
+# %% Model
 # As in dueling_q_cartpole.py, Q is a value plus an advantage. Two convolutions read the frames.
-@tf.function(jit_compile=True)
 def network_input(frames):
     """Return frames (batch, n, 105, 80), uint8, as Conv2D's (batch, 105, 80, n), from 0 to 1."""
     return tf.cast(tf.transpose(frames, (0, 2, 3, 1)), tf.float32) / 255
 
 
 def DQModel(hidden_size, num_actions):
-    """Return the network: states (batch, 105, 80, NUM_FRAMES) to Q (batch, num_actions).
-
-    It is a function and not a class, so that Keras can load a saved network without this file.
-    """
-    he = {"kernel_initializer": "he_normal"}
+    """Return the network: states (batch, 105, 80, NUM_FRAMES) to Q (batch, num_actions)."""
+    dense = functools.partial(keras.layers.Dense, kernel_initializer="he_normal")
     inputs = keras.Input((*POST_PROCESS_IMAGE_SIZE, NUM_FRAMES))
     x = keras.layers.Conv2D(16, (8, 8), (4, 4), activation="relu", name="conv1")(inputs)
     x = keras.layers.Conv2D(32, (4, 4), (2, 2), activation="relu", name="conv2")(x)
     x = keras.layers.Flatten()(x)  # (batch, 2816)
-    adv = keras.layers.Dense(hidden_size, "relu", name="adv_dense", **he)(x)
-    adv = keras.layers.Dense(num_actions, name="adv_out", **he)(adv)  # (batch, num_actions)
-    v = keras.layers.Dense(hidden_size, "relu", name="v_dense", **he)(x)
-    v = keras.layers.Dense(1, name="v_out", **he)(v)  # (batch, 1)
-    mean_adv = keras.ops.mean(adv, axis=1, keepdims=True)  # over the actions of each state
-    return keras.Model(inputs, keras.layers.Add()([v, adv - mean_adv]))
+    adv = dense(hidden_size, activation="relu", name="adv_dense")(x)
+    adv = dense(num_actions, name="adv_out")(adv)  # (batch, num_actions)
+    v = dense(hidden_size, activation="relu", name="v_dense")(x)
+    v = dense(1, name="v_out")(v)  # (batch, 1)
+    norm_adv = adv - keras.ops.mean(adv, axis=1, keepdims=True)  # over the actions of each state
+    combined = keras.layers.Add()([v, norm_adv])
+    return keras.Model(inputs, combined)
 
 
-# --- Algorithm ---
+# %% Algorithm
 # The memory holds single frames, each once; states are put together when they are drawn.
 SLOT = [
     ("frame", "u1", POST_PROCESS_IMAGE_SIZE),
@@ -159,68 +151,67 @@ class Memory:
     def sample(self, no_samples):
         """Draw stored steps, each equally likely; return frames, actions, rewards, terminals.
 
-        A step needs four frames in a row: the first three are its state, the last three its next
-        state. So draw the number of the last frame and count back. The first frame of a game stands
-        for those before it. Draw again if no step led to the last frame, because it is the first of
-        a game, or if one of the four has been overwritten.
+        A step is drawn by the number of the frame that it led to. That frame and the three before
+        it are its window: the first three are the state, the last three the next state. If a game
+        begins within a window, its first frame stands for those before it. Two kinds are refused
+        and drawn again: a first frame, because no step led to it, and a window that reaches back
+        to frames which have been overwritten.
         """
-        size, starts = len(self.slots), self.slots["start"]
+        size = len(self.slots)
+        is_start = np.asarray(self.slots["start"])
         oldest = max(1, self.added - size + 2)  # a kill may have left the next slot half written
         windows = []
         while len(windows) < no_samples:
-            number = np.random.randint(oldest, self.added + 1)
-            if starts[number % size]:
+            last = np.random.randint(oldest, self.added + 1)
+            window = np.arange(last - NUM_FRAMES, last + 1)
+            starts = window[is_start[window % size]]
+            if last in starts:
                 continue
-            window = [number]
-            for _ in range(NUM_FRAMES):
-                if not starts[number % size]:
-                    number -= 1
-                window.insert(0, number)
-            if number >= oldest:
+            if len(starts) > 0:
+                window = np.maximum(window, starts[-1])
+            if window[0] >= oldest:
                 windows.append(window)
-        places = np.array(windows) % size  # (no_samples, NUM_FRAMES + 1)
-        steps = self.slots[places[:, -1]]  # those that led to the last frames
-        columns = [steps[name].astype("float32") for name in ("action", "reward", "terminal")]
-        return self.slots["frame"][places], *columns
+        rand_idxs = np.array(windows) % size  # (no_samples, NUM_FRAMES + 1)
+        steps = self.slots[rand_idxs[:, -1]]
+        actions, rewards, terminals = steps["action"], steps["reward"], steps["terminal"]
+        return self.slots["frame"][rand_idxs], actions, rewards, np.float32(terminals)
 
 
-def choose_action(state, q_values, eps):
+def choose_action(state, predict, eps):
     """Return a random action with probability `eps`, else the one with the largest Q value."""
     if np.random.random() < eps:
-        return np.random.randint(NUM_ACTIONS)
-    return int(np.argmax(q_values(state[np.newaxis])))
+        return np.random.randint(num_actions)
+    return int(np.argmax(predict(state[np.newaxis])))
 
 
-def train(batch, primary_network, apply_gradients, target_network=None):
-    """Take a gradient step; return its loss, and the mean of the largest Q of each next state.
+def update_network(primary_network, target_network):
+    """Move each weight t of the target a little towards the primary's weight e."""
+    for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
+        t.assign(t * (1 - TAU) + e * TAU)
 
-    `batch` is what Memory.sample returns. Without a target network this is deep Q learning.
+
+def train(primary_network, target_network, update, frames, actions, rewards, terminals):
+    """Take a gradient step on what Memory.sample returns; return its loss.
+
+    Q_target = r + GAMMA Q_target_network(s', a*), a* = argmax_a Q(s', a), in Double Q learning.
     """
-    frames, actions, rewards, terminals = batch
     states = network_input(frames[:, :-1])  # (batch, 105, 80, NUM_FRAMES)
     next_states = network_input(frames[:, 1:])
-    prim_qtp1 = primary_network(next_states)  # (batch, NUM_ACTIONS)
-    if target_network is None:
-        q_judge = prim_qtp1
-        q_next = tf.reduce_max(prim_qtp1, axis=1)
-    else:
-        q_judge = target_network(next_states)
+    prim_qtp1 = primary_network(next_states)  # (batch, num_actions)
+    if double_q:
         prim_action_tp1 = tf.argmax(prim_qtp1, axis=1)
-        q_next = tf.gather(q_judge, prim_action_tp1, batch_dims=1)
-    target_q = rewards + GAMMA * (1 - terminals) * q_next  # (batch,)
-    taken = tf.one_hot(tf.cast(actions, tf.int32), NUM_ACTIONS)  # the others add no loss
+        q_from_target = target_network(next_states)
+        q_next = tf.gather(q_from_target, prim_action_tp1, batch_dims=1)
+    else:
+        q_next = tf.reduce_max(prim_qtp1, axis=1)
+    updates = rewards + GAMMA * (1 - terminals) * q_next  # (batch,)
+    taken = tf.one_hot(actions, num_actions)  # (batch, num_actions)
+    target_q = taken * updates[:, tf.newaxis]  # the other actions add no loss
     with tf.GradientTape() as tape:
-        q = primary_network(states)
-        loss = keras.losses.Huber()(taken * target_q[:, tf.newaxis], taken * q)
-    apply_gradients(tape.gradient(loss, primary_network.trainable_variables))
-    return loss, tf.reduce_mean(tf.reduce_max(q_judge, axis=1))
-
-
-@tf.function(jit_compile=True)
-def update_network(primary_network, target_network):
-    """Move each weight t of the target towards the primary's e: t becomes t (1 - TAU) + e TAU."""
-    for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
-        t.assign_add(TAU * (e - t))
+        prim_qt = primary_network(states)
+        loss = keras.losses.Huber()(target_q, taken * prim_qt)
+    update(tape.gradient(loss, primary_network.trainable_variables))
+    return loss
 
 
 class Agent:
@@ -228,28 +219,30 @@ class Agent:
 
     def __init__(self, seed):
         keras.utils.set_random_seed(seed)
-        self.primary_network = DQModel(HIDDEN_SIZE, NUM_ACTIONS)
-        self.target_network = DQModel(HIDDEN_SIZE, NUM_ACTIONS)
+        self.primary_network = DQModel(256, num_actions)
+        self.target_network = DQModel(256, num_actions)
         self.target_network.set_weights(self.primary_network.get_weights())
-        optimizer = keras.optimizers.Adam(LEARNING_RATE, epsilon=ADAM_EPSILON)
-        optimizer.build(self.primary_network.trainable_variables)  # compiled code cannot do it
-        self.apply_gradients = tf.function(optimizer.apply, jit_compile=True)
+        self.optimizer = keras.optimizers.Adam(2.5e-4, epsilon=3e-4)
+        self.optimizer.build(self.primary_network.trainable_variables)  # compiled code cannot do it
         weights = self.primary_network.variables + self.target_network.variables
-        self.variables = weights + optimizer.variables
+        self.variables = weights + self.optimizer.variables
         self.episodes = self.steps = 0
 
-    @tf.function  # without XLA: on a CPU TensorFlow's own convolutions are faster
-    def learn(self, *batch):
-        """Train the primary network, let the target network follow; return the results of train."""
-        target_network = self.target_network if DOUBLE_Q else None
-        results = train(batch, self.primary_network, self.apply_gradients, target_network)
-        update_network(self.primary_network, self.target_network)
-        return results
-
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True)  # without XLA this takes nearly twice as long
     def q_values(self, states):
-        """Return Q (batch, NUM_ACTIONS) of states (batch, NUM_FRAMES, 105, 80), uint8."""
+        """Return Q (batch, num_actions) of states (batch, NUM_FRAMES, 105, 80), uint8."""
         return self.primary_network(network_input(states))
+
+    @tf.function  # XLA's convolutions would take nearly three times as long on a CPU
+    def learn(self, *batch):
+        """Take a gradient step, let the target network follow, and return the loss."""
+        return train(self.primary_network, self.target_network, self.update, *batch)
+
+    @tf.function(jit_compile=True)  # without XLA a step takes a fourth longer
+    def update(self, gradients):
+        """Change all weights of both networks."""
+        self.optimizer.apply(gradients)
+        update_network(self.primary_network, self.target_network)
 
     def save(self, folder):
         """Write the checkpoint beside the old one and rename it: a kill never leaves half of it."""
@@ -268,205 +261,167 @@ class Agent:
                 variable.assign(value)
 
 
-# --- Training ---
-# One game after the other. Once the random phase is over, each step is followed by a gradient step.
-def play_and_learn(env, agent, memory, args):
-    """Play a game and learn from it; print the article's line; return its values and pictures."""
-    losses, mean_qs, pictures = [], [], []
-    keep_pictures = (agent.episodes + 1) % args.gif_every == 0
-    state = start_game(env)
-    memory.add_sample(state[-1], start=True)
-    total, ended = 0.0, False
-    while not ended:
-        trained_steps = agent.steps - args.delay_training  # below 0 in the random phase
-        eps = np.interp(trained_steps, [0, args.epsilon_min_iter], [MAX_EPSILON, MIN_EPSILON])
-        action = choose_action(state, agent.q_values, eps)
-        image, reward, terminated, truncated, _ = env.step(action)
-        state = process_state_stack(state, image_preprocess(image))
-        memory.add_sample(state[-1], action, reward, terminated)
-        total += reward
-        agent.steps += 1
-        if min(agent.steps, memory.added) > args.delay_training:  # a lost memory is refilled first
-            loss, mean_q = agent.learn(*memory.sample(BATCH_SIZE))
-            losses.append(float(loss))
-            mean_qs.append(float(mean_q))
-        if keep_pictures:
-            pictures.append(image)
-        ended = terminated or truncated or agent.steps == args.max_steps
-    agent.episodes += 1
-    line = f"episode {agent.episodes}, step {agent.steps}: {total:.0f} points"
-    if not losses:
-        print(f"Pre-training... {line}")
-        return {"reward": total, "avg loss": None, "mean q": None}, pictures
-    avg_loss, mean_q = np.mean(losses).item(), np.mean(mean_qs).item()
-    print(f"{line}, avg loss {avg_loss:.5f}, eps {eps:.3f}")
-    return {"reward": total, "avg loss": avg_loss, "mean q": mean_q}, pictures
-
-
+# %% Training
+# In each step the agent acts, stores what it has seen, and learns from a batch of old steps.
 def train_agent(env, agent, run):
     """Play up to --epochs games or --max-steps steps, from the last checkpoint if there is one."""
     args = run.args
     agent.restore(run.folder)
-    new = {"history": {"reward": [], "avg loss": [], "mean q": []}, "final": {}, "seconds": 0.0}
-    record = run.results["arms"].setdefault("dueling", new)
-    for values in record["history"].values():
-        del values[agent.episodes :]  # what came after the checkpoint is played again
-    env.reset(seed=args.seed + agent.episodes)  # only here: a seed reloads the game, which is slow
+    keras.utils.set_random_seed(args.seed + agent.episodes)  # a resumed run draws other numbers
+    env.reset(seed=args.seed + agent.episodes)
     memory = Memory(run.folder / "replay", args.replay_size)
-    writer = tf.summary.create_file_writer(str(run.folder / "dueling"))
-    start = time.perf_counter() - record["seconds"]
-    while agent.episodes < args.epochs and agent.steps < (args.max_steps or np.inf):
-        values, pictures = play_and_learn(env, agent, memory, args)
-        if pictures:
-            save_gif(pictures, run.folder / f"episode_{agent.episodes}.gif")
-        with writer.as_default(step=agent.episodes):
-            for tag, value in values.items():
-                record["history"][tag].append(value)
-                if value is not None:
-                    tf.summary.scalar(tag, value)
-        record["seconds"] = time.perf_counter() - start
-        run.write()
-        agent.save(run.folder)  # after results.json, which then has every game of the checkpoint
-
-
-def evaluate(env, agent, eps, seed, path):
-    """Play ten games, each from its own seed, and save the best one as an animation.
-
-    Returns the mean reward, the actions of all steps, and every tenth state.
-    """
-    rewards, actions, states, best_game = [], [], [], []
-    for game_seed in range(seed + 1000, seed + 1000 + EVALUATION_GAMES):
-        keras.utils.set_random_seed(game_seed)  # for the random actions
-        state = start_game(env, game_seed)
-        pictures = []
-        total, ended = 0.0, False
-        while not ended:
-            if len(actions) % 10 == 0:
-                states.append(state)
-            actions.append(choose_action(state, agent.q_values, eps))
-            image, reward, terminated, truncated, _ = env.step(actions[-1])
+    train_writer = tf.summary.create_file_writer(str(run.events / "dueling"))
+    num_episodes = args.epochs
+    while agent.episodes < num_episodes and agent.steps < (args.max_steps or np.inf):
+        agent.episodes += 1
+        state = start_game(env)
+        memory.add_sample(state[-1], start=True)
+        tot_reward = 0.0
+        losses = []
+        frame_list = []
+        done = False
+        while not done:
+            progress = (agent.steps - args.delay_training) / args.epsilon_min_iter
+            eps = MAX_EPSILON - np.clip(progress, 0, 1) * (MAX_EPSILON - MIN_EPSILON)
+            action = choose_action(state, agent.q_values, eps)
+            image, reward, terminated, truncated, _ = env.step(action)
             state = process_state_stack(state, image_preprocess(image))
-            pictures.append(image)
-            total += reward
-            ended = terminated or truncated
-        rewards.append(total)
-        if total == max(rewards):
-            best_game = pictures
+            memory.add_sample(state[-1], action, reward, terminated)
+            tot_reward += reward
+            agent.steps += 1
+            samples = min(agent.steps, memory.added)  # fewer than steps if the replay was lost
+            if samples > args.delay_training:
+                loss = agent.learn(*memory.sample(BATCH_SIZE))
+                losses.append(float(loss))
+            if agent.episodes % args.gif_every == 0:
+                frame_list.append(image)
+            done = terminated or truncated or agent.steps == args.max_steps
+
+        avg_loss = np.mean(losses).item() if losses else None
+        line = f"Episode: {agent.episodes}, step: {agent.steps}, Reward: {tot_reward:.0f}"
+        with train_writer.as_default(step=agent.episodes):
+            tf.summary.scalar("reward", tot_reward)
+            if losses:
+                tf.summary.scalar("avg loss", avg_loss)
+                line += f", avg loss: {avg_loss:.5f}, eps: {eps:.3f}"
+        print(line if losses else f"Pre-training... {line}")
+        run.record("dueling", agent.episodes, {"reward": tot_reward, "avg loss": avg_loss})
+        if frame_list:
+            save_gif(frame_list, run.folder / f"episode_{agent.episodes}.gif")
+        run.write()  # first, so that results.json has every game of the checkpoint
+        agent.save(run.folder)
+
+
+def evaluate(env, agent, seed, path):
+    """Play ten greedy games, each from its own seed; save the best; return the mean reward."""
+    print("ten greedy games ...")
+    rewards = []
+    best_game = []
+    for game_seed in range(seed + 1000, seed + 1010):
+        state = start_game(env, game_seed)
+        frame_list = []
+        tot_reward = 0.0
+        done = False
+        while not done:
+            action = choose_action(state, agent.q_values, eps=0)
+            image, reward, terminated, truncated, _ = env.step(action)
+            state = process_state_stack(state, image_preprocess(image))
+            frame_list.append(image)
+            tot_reward += reward
+            done = terminated or truncated
+        rewards.append(tot_reward)
+        if tot_reward == max(rewards):
+            best_game = frame_list
     save_gif(best_game, path)
-    return np.mean(rewards).item(), actions, states
-
-
-def active_units(network, states):
-    """Return which ReLU units of the advantage stream answer to any of the states, (256,)."""
-    stream = keras.Model(network.input, network.get_layer("adv_dense").output)
-    return np.any(stream(network_input(np.stack(states))) > 0, axis=0)
+    return np.mean(rewards).item()
 
 
 def finish(env, agent, run):
-    """Evaluate the agent, save its network, and record the final numbers."""
-    network, seed = agent.primary_network, run.args.seed
-    if run.args.max_steps:  # then no game takes longer than the training did
-        env = gymnasium.wrappers.TimeLimit(env, run.args.max_steps)
-    greedy_reward, actions, states = evaluate(env, agent, 0, seed, run.folder / "best.gif")
-    epsilon_reward, _, _ = evaluate(env, agent, MIN_EPSILON, seed, run.folder / "best_epsilon.gif")
-    record = run.results["arms"]["dueling"]
-    rewards, losses = record["history"]["reward"], record["history"]["avg loss"]
-    record["final"] = {
+    """Evaluate the agent, save its network, record the final numbers, and draw the figure."""
+    history = run.results["arms"]["dueling"]["history"]
+    rewards = history["reward"]
+    trained = [loss is not None for loss in history["avg loss"]]
+    random_games = trained.index(True) if any(trained) else len(trained)
+    final = {
         "reward": np.mean(rewards[-20:]).item(),
         "steps": agent.steps,
-        "parameters": network.count_params(),
-        "greedy_reward": greedy_reward,
-        "commonest_action": np.bincount(actions).max().item() / len(actions),
-        "active_units": active_units(network, states).mean().item(),
-        "epsilon_reward": epsilon_reward,
+        "parameters": agent.primary_network.count_params(),
+        "greedy_reward": evaluate(env, agent, run.args.seed, run.folder / "best.gif"),
     }
-    trained = [number for number, loss in enumerate(losses) if loss is not None]
-    random_games = trained[0] if trained else len(losses)
     if random_games:
-        record["final"]["random_reward"] = np.mean(rewards[:random_games]).item()
-    network.save(run.folder / "dueling.keras")
+        final["random_reward"] = np.mean(rewards[:random_games]).item()
+    run.conclude("dueling", final)
+    agent.primary_network.save(run.folder / "dueling.keras")
+    plot(run, rewards, final.get("random_reward"))
 
 
-# --- Figures ---
+# %% Figures
 # The article's: the reward by game, and some of the games themselves.
-def save_gif(pictures, path):
+def save_gif(frame_list, path):
     """Save screens (210, 160, 3) as an animation of the article's size, as fast as the game is."""
-    pictures = [keras.utils.array_to_img(picture, scale=False) for picture in pictures]
+    pictures = [keras.utils.array_to_img(image, scale=False) for image in frame_list]
     first, *others = [picture.quantize().resize((320, 480)) for picture in pictures]
     first.save(path, save_all=True, append_images=others, duration=50, loop=0)
 
 
-def plot(run):
-    """Draw the reward by game, its moving average, and the mean of the random phase."""
+def plot(run, rewards, random_reward):
+    """Draw the reward by game, its mean over twenty games, and that of random play."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    record = run.results["arms"]["dueling"]
-    rewards, final = record["history"]["reward"], record["final"]
     episodes = range(1, len(rewards) + 1)
     averages = [np.mean(rewards[max(0, episode - 20) : episode]) for episode in episodes]
     axes.plot(episodes, rewards, alpha=0.3, label="a game")
     axes.plot(episodes, averages, label="mean of 20 games")
-    if "random_reward" in final:
-        axes.axhline(final["random_reward"], color="black", linestyle="--", label="random play")
+    if random_reward is not None:
+        axes.axhline(random_reward, color="black", linestyle="--", label="random play")
     axes.set(xlabel="episode", ylabel="reward (points)", title="Space Invaders, Dueling Q")
     axes.legend()
     figure.savefig(run.folder / "reward.png")
 
 
-# --- Command line ---
+# %% Command line
 def main(argv=None):
-    """Run the script with the flags `argv`; return the final numbers of each arm."""
+    """Run the script with the flags `argv`; return the final numbers of its arm."""
     parser = make_parser("--epochs", "--episodes", default=1500)
     add = parser.add_argument
     add("--max-steps", type=int, help="end a training after this many environment steps")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
+    add("--resume", type=os.path.expanduser, metavar="RUN_DIR", help="go on with this run")
     add("--replay-size", type=int, default=200000, help="frames in memory")
-    add("--delay-training", type=int, default=50000, help="random steps before training starts")
-    add("--epsilon-min-iter", type=int, default=500000, help="steps over which epsilon falls")
-    add("--gif-every", type=int, default=50, help="save a GIF of one episode in this many")
-    args, results = read_run(parser, argv)
+    add("--delay-training", type=int, default=DELAY_TRAINING, help="random steps before training")
+    add("--epsilon-min-iter", type=int, default=EPSILON_MIN_ITER, help="steps while epsilon falls")
+    add("--gif-every", type=int, default=GIF_RECORDING_FREQ, help="a GIF of one game in so many")
+    args, earlier = read_run(parser, argv)
     if args.replay_size <= BATCH_SIZE:
-        parser.error(f"argument --replay-size: {args.replay_size} is too small")
-    with Run(args, "ALE/SpaceInvaders-v5", results=results) as run:
-        env, agent = make_env(), Agent(args.seed)
-        train_agent(env, agent, run)
-        finish(env, agent, run)
-        plot(run)
-        final = run.report()
-        (run.folder / "replay").unlink(missing_ok=True)  # only an unfinished run needs it
-        return final
+        parser.error(f"argument --replay-size: a batch needs more than {BATCH_SIZE}")
+    run = Run(args, "ALE/SpaceInvaders-v5", earlier)
+    env = make_env(args.max_steps)
+    agent = Agent(args.seed)
+    train_agent(env, agent, run)
+    finish(env, agent, run)
+    final = run.report()
+    (run.folder / "replay").unlink(missing_ok=True)  # only an unfinished run needs it
+    return final
 
 
-# --- Frame: flags, faults, folder and results; the same text in every script ---
-def make_parser(*names, default, several=False):
+# %% Frame: flags, run folder and results; the same text in every script
+def make_parser(*names, default, devices=("auto", "cpu", "gpu")):
     """Return a parser with the flags of every script; `names` are the names of the first flag."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser(description=lines[0], allow_abbrev=False)
+    parser.epilog = "; ".join(line.split("#")[0].strip() for line in lines if "   python" in line)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
-    add("--logdir", default="log", help="each run makes a folder of its own in this one")
+    add("--device", choices=devices, default="auto", help="auto is a GPU where there is one")
+    add("--logdir", type=os.path.expanduser, default="log", help="each run makes a folder in it")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
 
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return the name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
-    except RuntimeError:  # TensorFlow has already started in this process
-        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
-    return name
-
-
 def parse_flags(parser, argv):
     """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - pythonw has none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(line_buffering=True)
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
@@ -474,98 +429,108 @@ def parse_flags(parser, argv):
     except SystemExit as end:
         raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
-    if "://" in args.logdir:
-        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if value == "" or (type(value) in (int, float) and not least <= value < 2**32):
+            parser.error(f"argument --{name.replace('_', '-')}: {value!r} is not allowed")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
+    if args.device == "gpu" and not gpus:
+        parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        parser.error(f"argument --device: too late for {args.device}; restart Python first")
     return args
 
 
 class Run:
-    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+    """A run, new or going on with an `earlier` one: its flags, folder and results.json."""
 
-    def __init__(self, args, data, results=None):
-        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-            sys.stdout.reconfigure(line_buffering=True)
+    def __init__(self, args, data, earlier=None):
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        self.args = args
+        self.folder = pathlib.Path(args.logdir, SCRIPT, name)
         while self.folder.exists():  # two runs may start in one second
             self.folder = self.folder.with_name(f"{self.folder.name}-2")
-        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
-        if results:
-            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        if earlier:
+            self.folder = pathlib.Path(args.resume)
+        self.events = self.folder / f"resumed-{name}" if earlier else self.folder  # TensorBoard's
+        device = ", ".join(gpu.name for gpu in tf.config.get_visible_devices("GPU")) or "CPU"
+        self.results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data}
         self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
-        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
-        self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results["complete"] = False
-        with self:  # its end writes results.json
-            self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
-            raise SystemExit(f"error: {kind.__name__}: {error}") from None
-        if kind is not SystemExit:
-            self.write()
-        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
-        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    def write(self):
-        """Write results.json beside the old one and rename it, so that it is never half written."""
-        try:
-            text = json.dumps(self.results, indent=1, allow_nan=False)
-        except ValueError:
-            raise SystemExit("error: a number is not finite; try another --seed") from None
-        (self.folder / "results.json.tmp").write_text(text)
-        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
-
-    def report(self):
-        """Print the results beside the article's and how to go on; return the final numbers."""
-        self.results["complete"] = True
+        self.results["arms"] = earlier["arms"] if earlier else {}
+        self.records = self.results["arms"]  # {arm: what record() and conclude() fill}
+        self.clock = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder.as_posix()}")
+
+    def record(self, arm, epoch, metrics):
+        """Keep the metrics of an epoch, counted from 1; a repeated one replaces its record."""
+        record = self.records.setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
+        for metric, value in metrics.items():
+            record["history"].setdefault(metric, [])[epoch - 1 :] = [value]
+        record["seconds"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        if self.clock > self.written + 1:
+            self.write()
+
+    def conclude(self, arm, numbers):
+        """Keep final numbers of an arm."""
+        self.records[arm]["final"].update(numbers)
+        self.write()
+
+    def write(self, complete=False):
+        """Write results.json beside the old one and rename it, so that it is never half written."""
+        text = json.dumps(self.results | {"complete": complete}, indent=1)
+        (self.folder / "results.tmp").write_text(text)
+        os.replace(self.folder / "results.tmp", self.folder / "results.json")
+        self.written = time.perf_counter()
+
+    def report(self, *lines):
+        """Print the final numbers, the figures, and lines to paste; return the final numbers."""
+        self.write(complete=True)
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
             for metric, value in record["final"].items():
-                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
-        for path in sorted(self.folder.glob("*.*")):
-            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
-        print(f'tensorboard --logdir "{self.folder}"')
+                form = "," if isinstance(value, int) else ",.4g"
+                here = "never" if value is None else format(value, form)
+                print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
+        print()
+        name = keras.__name__
+        for path in sorted(self.folder.glob("*.keras")):
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
+        print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
 
-# --- Frame, resume: the same text in every script that can go on after an interruption ---
+# %% Frame, resume: the same text in every script that can go on after an interruption
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names (else None).
-
-    The flags are those of that run. Only --epochs, --max-steps and --device may change.
-    """
+    """Return the flags, and the results of the run that --resume names, whose flags they are."""
     args = parse_flags(parser, argv)
     if args.resume is None:
         return args, None
-    try:
-        results = json.loads(pathlib.Path(args.resume, "results.json").read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --resume: {error}")
-    if results["script"] != SCRIPT:
-        parser.error(f"argument --resume: {args.resume} is a run of {results['script']}.py")
-    parser.set_defaults(**results["config"])
+    earlier = json.loads(pathlib.Path(args.resume, "results.json").read_text())
+    if earlier["script"] != SCRIPT:
+        parser.error(f"argument --resume: {args.resume} is a run of {earlier['script']}.py")
+    parser.set_defaults(**earlier["config"])
     args = parse_flags(parser, argv)
-    for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
-        if getattr(args, name) != results["config"][name]:
+    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+        if getattr(args, name) != earlier["config"][name]:
             parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
-    return args, results
+    return args, earlier
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error) is Exception:  # Keras, if a download fails
+            raise SystemExit(f"error: {type(error).__name__}: {error}") from None
+        raise

@@ -14,12 +14,13 @@ Result, seeds 0 to 2, training / validation accuracy: fc 0.981 / 0.763 +- 0.043,
 pooling is not better. From one epoch to the next, validation can change by more than 0.1.
 
 Differences from the article:
-1. Each network trains its own head, from the same first weights. The article's networks share one.
-2. `gap` averages whole feature maps. The article's "GAP" averages squares of 2x2: here `avgpool`.
-3. Each validation image counts once; the article's ten batches of 1,000 repeat its 2,326 images.
-4. The test images, which the article never uses, are evaluated once, at the end.
-5. Images are decoded once, resized, and rounded to whole numbers. The network divides by 255.
-6. All training images are shuffled together, not within a window of 1,000.
+1. Validation has each image once, in batches of 240, not its 2,326 images in ten batches of 1,000.
+2. The test images, which the article never uses, are evaluated once, at the end.
+3. Images are decoded once, and rounded to whole numbers from 0 to 255, which the networks take.
+4. All training images are shuffled together, not within a window of 1,000.
+5. Each network has its own head, from the same first weights, and its own log folder. In the
+   article all train one head, one after the other. Its code trains fc for 10 epochs, its text 7.
+6. `gap` averages whole feature maps. The article's "GAP" averages squares of 2x2: here `avgpool`.
 """
 
 # /// script
@@ -29,7 +30,6 @@ Differences from the article:
 # ///
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -37,9 +37,12 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
-# This line can go once Colab has protobuf 6.31.
+# Colab's tensorflow-metadata 1.21 refuses its protobuf 5.29; this can go when that is 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
+if sys.version_info >= (3, 11):  # can go when TFDS installs what it imports (its issue 11212)
+    import importlib.resources.abc
+
+    sys.modules.setdefault("importlib_resources", importlib.resources)
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
@@ -48,6 +51,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from keras import layers
+from tensorflow_datasets.core.download import downloader
 
 SCRIPT = "gap_cats_dogs"
 MODULES = (tf, keras, np)  # results.json names their versions
@@ -58,26 +62,23 @@ ARTICLE = {  # after 7 epochs; after the 10 in its code fc has 0.9876, in valida
     "avgpool": {"accuracy": 0.8905, "val_accuracy": 0.8533},
 }
 IMAGE_SIZE = 100
+TRAIN_BATCH_SIZE = 64
 SYNTHETIC_COUNTS = (800, 96, 104)  # images to train, to validate and to test
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
 
 
-# --- Data ---
+# %% Data
 # The photographs have many sizes. They are labelled 0 for a cat and 1 for a dog.
-def load_data(args):
+def load_data(synthetic):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
-    if args.synthetic:
+    if synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
-    if not hasattr(tfds, "load"):  # an earlier cell imported it without the line for protobuf above
-        advice = 'pip install "tensorflow-metadata<1.18" and restart Python'
-        raise SystemExit(f"error: tensorflow_datasets was only half imported; {advice}")
-    print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
-    split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
+    print("cats_vs_dogs (800 MB) is fetched once, by TFDS; --synthetic needs no network")
+    downloader.MAX_RETRIES = 3  # its usual ten take three and a half minutes without a network
+    splits = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
-        return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
-    except Exception as error:  # TFDS raises many kinds of exceptions
-        reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"error: no cats_vs_dogs ({reason}); use --synthetic") from None
+        return tfds.load("cats_vs_dogs", split=splits, as_supervised=True)
+    except Exception as error:  # TFDS has several kinds of its own
+        raise SystemExit(f"error: no cats_vs_dogs: {type(error).__name__}: {error}") from None
 
 
 def synthetic_photographs(count):
@@ -95,8 +96,9 @@ def synthetic_photographs(count):
 def plot_samples(run, cat_train):
     """Draw two of the images; the axes show that each has a size of its own."""
     figure, axes = plt.subplots(1, 2)
-    for axis, (image, _) in zip(axes, cat_train.take(2)):
+    for axis, (image, label) in zip(axes, cat_train.take(2)):
         axis.imshow(image)
+        axis.set_title(f"{run.results['data']}: {'dog' if label else 'cat'}")
     figure.savefig(run.folder / "samples.png")
 
 
@@ -106,171 +108,150 @@ def pre_process_image(image, label):
     return tf.cast(tf.round(image), tf.uint8), label
 
 
-def make_datasets(sets, batch_size, window, seed):
-    """Return the training set, which repeats, and the others, each in batches."""
-    cat_train, cat_valid, cat_test = sets
-    cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
-    cat_train = cat_train.prefetch(tf.data.AUTOTUNE)
-    return cat_train, cat_valid.batch(240), cat_test.batch(240)  # 1,000 images take gigabytes
-
-
-# --- Model ---
-# All networks begin with a head of the same kind. What follows it is what the article compares.
-def build_head():
-    """Return the convolutional head. It turns pixels (100, 100, 3) into maps (10, 10, 64)."""
-    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
-    head.add(layers.Rescaling(1 / 255))
-    head.add(layers.Conv2D(32, (3, 3)))  # (98, 98, 32)
-    head.add(layers.BatchNormalization())
-    head.add(layers.Activation("relu"))
-    head.add(layers.MaxPooling2D((2, 2)))  # (49, 49, 32)
-
-    head.add(layers.Conv2D(32, (3, 3)))  # (47, 47, 32)
-    head.add(layers.BatchNormalization())
-    head.add(layers.Activation("relu"))
-    head.add(layers.MaxPooling2D((2, 2)))  # (23, 23, 32)
-
-    head.add(layers.Conv2D(64, (3, 3)))  # (21, 21, 64)
-    head.add(layers.BatchNormalization())
-    head.add(layers.Activation("relu"))
-    head.add(layers.MaxPooling2D((2, 2)))  # (10, 10, 64)
-    return head
-
-
+# %% Model
+# All networks begin with the same head. What follows it is what the article compares.
 def build_model(arm):
     """Return the compiled network `arm`. It turns pixels into the probability of a dog."""
-    head = build_head()  # made first, so that one seed gives all arms the same head
-    if arm in ("fc", "fc_dropout"):
+    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
+    head.add(layers.Rescaling(1 / 255))
+    for filters in (32, 32, 64):  # to (49, 49, 32), (23, 23, 32), (10, 10, 64)
+        head.add(layers.Conv2D(filters, (3, 3)))
+        head.add(layers.BatchNormalization())
+        head.add(layers.Activation("relu"))
+        head.add(layers.MaxPooling2D((2, 2)))
+
+    if arm == "fc":
         standard_classifier = keras.Sequential()
         standard_classifier.add(layers.Flatten())  # (6400,)
         standard_classifier.add(layers.BatchNormalization())
         standard_classifier.add(layers.Dense(100))
         standard_classifier.add(layers.Activation("relu"))
-        if arm == "fc_dropout":  # the article's standard_classifier_with_do
-            standard_classifier.add(layers.Dropout(0.5))
         standard_classifier.add(layers.BatchNormalization())
         standard_classifier.add(layers.Dense(100))
         standard_classifier.add(layers.Activation("relu"))
-        standard_classifier.add(layers.Dense(1, activation="sigmoid"))
+        standard_classifier.add(layers.Dense(1))
+        standard_classifier.add(layers.Activation("sigmoid"))
         model = keras.Sequential([head, standard_classifier])  # the article's standard_model
-    else:
+
+    if arm == "avgpool":
         average_pool = keras.Sequential()
-        if arm == "gap":
-            average_pool.add(layers.GlobalAveragePooling2D())  # (64,)
-        else:
-            average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
-            average_pool.add(layers.Flatten())  # (1600,)
+        average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
+        average_pool.add(layers.Flatten())  # (1600,)
         average_pool.add(layers.Dense(1, activation="sigmoid"))
         model = keras.Sequential([head, average_pool])  # the article's pool_model
-    model.compile(keras.optimizers.Adam(), "binary_crossentropy", metrics=["accuracy"])
+
+    if arm == "gap":
+        average_pool = keras.Sequential()
+        average_pool.add(layers.GlobalAveragePooling2D())  # (64,)
+        average_pool.add(layers.Dense(1, activation="sigmoid"))
+        model = keras.Sequential([head, average_pool])
+
+    if arm == "fc_dropout":
+        standard_classifier_with_do = keras.Sequential()
+        standard_classifier_with_do.add(layers.Flatten())  # (6400,)
+        standard_classifier_with_do.add(layers.BatchNormalization())
+        standard_classifier_with_do.add(layers.Dense(100))
+        standard_classifier_with_do.add(layers.Activation("relu"))
+        standard_classifier_with_do.add(layers.Dropout(0.5))
+        standard_classifier_with_do.add(layers.BatchNormalization())
+        standard_classifier_with_do.add(layers.Dense(100))
+        standard_classifier_with_do.add(layers.Activation("relu"))
+        standard_classifier_with_do.add(layers.Dense(1))
+        standard_classifier_with_do.add(layers.Activation("sigmoid"))
+        model = keras.Sequential([head, standard_classifier_with_do])
+
+    model.compile(optimizer="adam", loss="binary_crossentropy", metrics=["accuracy"])
     return model
 
 
-# --- Training ---
-# As in the article, an epoch is 23262 // 64 batches: 1.25 times through the training images.
+# %% Training
+# All networks are trained alike. As in the article, an epoch is 1.25 times all training images.
 def train(arm, run, sets):
-    """Train a network, or go on after its last finished epoch, and record its final numbers."""
+    """Train a network, or go on after its last finished epoch, and evaluate it."""
     args = run.args
-    saver = SaveEpochs(run, arm)
     keras.utils.set_random_seed(args.seed)
-    window = 1000 if args.no_cache else len(sets[0])  # images in memory can all be shuffled
-    cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, window, args.seed)
-    image_count = sum(len(dataset) for dataset in sets)  # 23262
-    steps = args.steps_per_epoch or max(1, image_count // args.batch_size)
-    model = keras.models.load_model(saver.path) if saver.path.exists() else build_model(arm)
-    print(f"{arm}: {model.layers[-1].count_params():,} parameters after the head")
+    path = run.folder / f"{arm}.keras"  # in a new run it is not there yet
+    model = keras.models.load_model(path) if path.exists() else build_model(arm)
+    steps = int(model.optimizer.iterations.numpy())
+    cat_train, cat_valid, cat_test = sets
+    cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
+    cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
+    tensor_board = keras.callbacks.TensorBoard(run.events / arm)
+    print(f"\n{arm}: epochs {steps // args.steps_per_epoch + 1} to {args.epochs}")
+    print(f"{model.layers[-1].count_params():,} parameters follow the head")
     model.fit(
-        cat_train,
-        steps_per_epoch=steps,
+        cat_train.batch(args.batch_size).prefetch(tf.data.AUTOTUNE),
+        steps_per_epoch=args.steps_per_epoch,
         epochs=args.epochs,
-        initial_epoch=int(model.optimizer.iterations.numpy()) // steps,
-        validation_data=cat_valid,
+        initial_epoch=steps // args.steps_per_epoch,
+        validation_data=cat_valid.batch(240),  # 1,000 images take gigabytes
+        callbacks=[tensor_board, save_epochs(run, arm, model)],
         shuffle=False,  # the dataset is shuffled already
-        verbose=VERBOSE,
-        callbacks=[keras.callbacks.TensorBoard(run.folder / arm), saver],
+        verbose=1 if os.isatty(1) or "ipykernel" in sys.modules else 2,  # a bar, or a line an epoch
     )
-    saver.record["final"]["test_accuracy"] = model.evaluate(cat_test, verbose=VERBOSE)[1]
-    saver.record["final"]["parameters"] = model.count_params()
+    test_accuracy = model.evaluate(cat_test.batch(240), verbose=0)[1]
+    run.conclude(arm, {"test_accuracy": test_accuracy, "parameters": model.count_params()})
 
 
-# --- Figures ---
-# As in the article, a pair of curves for each network: training and validation.
+# %% Figures
+# The article compares two networks in a figure, here all are in one.
 def plot(run):
-    """Draw accuracy and loss by epoch, the networks side by side."""
-    arms = run.results["arms"]
+    """Draw accuracy and loss of the networks by epoch: training dashed, validation solid."""
     for metric in ("accuracy", "loss"):
-        figure, axes = plt.subplots(1, len(arms), sharey=True, squeeze=False, figsize=(11, 5))
-        figure.suptitle(f"{run.results['data']}: {metric}")
-        for axis, (arm, record) in zip(axes[0], arms.items()):  # a row, even of one
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for i, (arm, record) in enumerate(run.records.items()):
             epochs = range(1, len(record["history"][metric]) + 1)
-            axis.plot(epochs, record["history"][metric], "r.-", label="training")
-            axis.plot(epochs, record["history"][f"val_{metric}"], "b.-", label="validation")
-            axis.set(title=arm, xlabel="epoch")
-        axis.legend()
+            axes.plot(epochs, record["history"][metric], f"C{i}.--", label=f"{arm}, training")
+            axes.plot(epochs, record["history"][f"val_{metric}"], f"C{i}.-", label=arm)
+        axes.set(title=run.results["data"], xlabel="epoch", ylabel=metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
         figure.savefig(run.folder / f"{metric}.png")
 
 
-# --- Command line ---
+# %% Command line
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    parser = make_parser("--epochs", default=7, several=True)
+    parser = make_parser("--epochs", default=7)
     add = parser.add_argument
     add("--steps-per-epoch", type=int, help="batches per epoch; if not given, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--batch-size", type=int, default=64, help="images per batch")
-    add("--data-dir", help="folder of cats_vs_dogs; if not given, that of TFDS")
-    add("--no-cache", action="store_true", help="decode all images in each epoch, to save memory")
+    add("--resume", type=os.path.expanduser, metavar="RUN_DIR", help="go on with this run")
+    add("--batch-size", type=int, default=TRAIN_BATCH_SIZE, help="images per batch")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
-    args, results = read_run(parser, argv)
-    data = "synthetic" if args.synthetic else "cats_vs_dogs"
-    with Run(args, data, results=results) as run:
-        sets = load_data(args)
-        plot_samples(run, sets[0])
-        sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE) for dataset in sets]
-        if not args.no_cache:
-            sets = [dataset.cache() for dataset in sets]  # 700 MB of memory
-        print(f"The article's 500 nodes on (7, 7, 64) maps: {7 * 7 * 64 * 500:,} weights to learn")
-        mirrored = args.device == "all"  # each device then gets a part of every batch
-        strategy = tf.distribute.MirroredStrategy() if mirrored else tf.distribute.get_strategy()
-        with strategy.scope():
-            for arm in dict.fromkeys(args.arms):  # each of them once
-                train(arm, run, sets)
-        plot(run)
-        return run.report()
+    args, earlier = read_run(parser, argv)
+    sets = load_data(args.synthetic)
+    if args.steps_per_epoch is None:
+        args.steps_per_epoch = max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
+    run = Run(args, "synthetic" if args.synthetic else "cats_vs_dogs", earlier)
+    plot_samples(run, sets[0])
+    sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE).cache() for dataset in sets]  # 700 MB
+    for arm in args.arms:
+        train(arm, run, sets)
+    plot(run)
+    return run.report()
 
 
-# --- Frame: flags, faults, folder and results; the same text in every script ---
-def make_parser(*names, default, several=False):
+# %% Frame: flags, run folder and results; the same text in every script
+def make_parser(*names, default, devices=("auto", "cpu", "gpu")):
     """Return a parser with the flags of every script; `names` are the names of the first flag."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser(description=lines[0], allow_abbrev=False)
+    parser.epilog = "; ".join(line.split("#")[0].strip() for line in lines if "   python" in line)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
-    add("--logdir", default="log", help="each run makes a folder of its own in this one")
+    add("--device", choices=devices, default="auto", help="auto is a GPU where there is one")
+    add("--logdir", type=os.path.expanduser, default="log", help="each run makes a folder in it")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
 
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return the name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
-    except RuntimeError:  # TensorFlow has already started in this process
-        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
-    return name
-
-
 def parse_flags(parser, argv):
     """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - pythonw has none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(line_buffering=True)
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
@@ -278,120 +259,122 @@ def parse_flags(parser, argv):
     except SystemExit as end:
         raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
-    if "://" in args.logdir:
-        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if value == "" or (type(value) in (int, float) and not least <= value < 2**32):
+            parser.error(f"argument --{name.replace('_', '-')}: {value!r} is not allowed")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
+    if args.device == "gpu" and not gpus:
+        parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        parser.error(f"argument --device: too late for {args.device}; restart Python first")
     return args
 
 
 class Run:
-    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+    """A run, new or going on with an `earlier` one: its flags, folder and results.json."""
 
-    def __init__(self, args, data, results=None):
-        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-            sys.stdout.reconfigure(line_buffering=True)
+    def __init__(self, args, data, earlier=None):
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        self.args = args
+        self.folder = pathlib.Path(args.logdir, SCRIPT, name)
         while self.folder.exists():  # two runs may start in one second
             self.folder = self.folder.with_name(f"{self.folder.name}-2")
-        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
-        if results:
-            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        if earlier:
+            self.folder = pathlib.Path(args.resume)
+        self.events = self.folder / f"resumed-{name}" if earlier else self.folder  # TensorBoard's
+        device = ", ".join(gpu.name for gpu in tf.config.get_visible_devices("GPU")) or "CPU"
+        self.results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data}
         self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
-        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
-        self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results["complete"] = False
-        with self:  # its end writes results.json
-            self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
-            raise SystemExit(f"error: {kind.__name__}: {error}") from None
-        if kind is not SystemExit:
-            self.write()
-        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
-        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    def write(self):
-        """Write results.json beside the old one and rename it, so that it is never half written."""
-        try:
-            text = json.dumps(self.results, indent=1, allow_nan=False)
-        except ValueError:
-            raise SystemExit("error: a number is not finite; try another --seed") from None
-        (self.folder / "results.json.tmp").write_text(text)
-        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
-
-    def report(self):
-        """Print the results beside the article's and how to go on; return the final numbers."""
-        self.results["complete"] = True
+        self.results["arms"] = earlier["arms"] if earlier else {}
+        self.records = self.results["arms"]  # {arm: what record() and conclude() fill}
+        self.clock = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder.as_posix()}")
+
+    def record(self, arm, epoch, metrics):
+        """Keep the metrics of an epoch, counted from 1; a repeated one replaces its record."""
+        record = self.records.setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
+        for metric, value in metrics.items():
+            record["history"].setdefault(metric, [])[epoch - 1 :] = [value]
+        record["seconds"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        if self.clock > self.written + 1:
+            self.write()
+
+    def conclude(self, arm, numbers):
+        """Keep final numbers of an arm."""
+        self.records[arm]["final"].update(numbers)
+        self.write()
+
+    def write(self, complete=False):
+        """Write results.json beside the old one and rename it, so that it is never half written."""
+        text = json.dumps(self.results | {"complete": complete}, indent=1)
+        (self.folder / "results.tmp").write_text(text)
+        os.replace(self.folder / "results.tmp", self.folder / "results.json")
+        self.written = time.perf_counter()
+
+    def report(self, *lines):
+        """Print the final numbers, the figures, and lines to paste; return the final numbers."""
+        self.write(complete=True)
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
             for metric, value in record["final"].items():
-                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
-        for path in sorted(self.folder.glob("*.*")):
-            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
-        print(f'tensorboard --logdir "{self.folder}"')
+                form = "," if isinstance(value, int) else ",.4g"
+                here = "never" if value is None else format(value, form)
+                print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
+        print()
+        name = keras.__name__
+        for path in sorted(self.folder.glob("*.keras")):
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
+        print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
 
-# --- Frame, resume: the same text in every script that can go on after an interruption ---
+# %% Frame, resume: the same text in every script that can go on after an interruption
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names (else None).
-
-    The flags are those of that run. Only --epochs, --max-steps and --device may change.
-    """
+    """Return the flags, and the results of the run that --resume names, whose flags they are."""
     args = parse_flags(parser, argv)
     if args.resume is None:
         return args, None
-    try:
-        results = json.loads(pathlib.Path(args.resume, "results.json").read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --resume: {error}")
-    if results["script"] != SCRIPT:
-        parser.error(f"argument --resume: {args.resume} is a run of {results['script']}.py")
-    parser.set_defaults(**results["config"])
+    earlier = json.loads(pathlib.Path(args.resume, "results.json").read_text())
+    if earlier["script"] != SCRIPT:
+        parser.error(f"argument --resume: {args.resume} is a run of {earlier['script']}.py")
+    parser.set_defaults(**earlier["config"])
     args = parse_flags(parser, argv)
-    for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
-        if getattr(args, name) != results["config"][name]:
+    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+        if getattr(args, name) != earlier["config"][name]:
             parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
-    return args, results
+    return args, earlier
 
 
-# --- Frame, fit: the same text in every script that calls fit and can go on ---
-class SaveEpochs(keras.callbacks.Callback):
-    """Writes each epoch to results.json, then saves the model; a kill never leaves half a file."""
+# %% Frame, fit: the same text in every script that calls fit and can go on
+def save_epochs(run, arm, model):
+    """Return a callback that records each epoch, then saves `model`; a kill leaves no half file."""
+    path = run.folder / f"{arm}.keras"
 
-    def __init__(self, run, arm):
-        super().__init__()
-        self.run = run
-        self.path = run.folder / f"{arm}.keras"
-        new = {"history": {}, "final": {}, "seconds": 0.0}
-        self.record = run.results["arms"].setdefault(arm, new)
-        self.start = time.perf_counter() - self.record["seconds"]
+    def on_epoch_end(epoch, logs):
+        run.record(arm, epoch + 1, logs)
+        run.conclude(arm, logs)  # writes results.json, which so has every epoch of the model
+        model.save(path.with_suffix(".tmp.keras"))
+        os.replace(path.with_suffix(".tmp.keras"), path)
 
-    def on_epoch_end(self, epoch, logs=None):
-        for metric, value in logs.items():  # an epoch trained again replaces its earlier record
-            self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
-            self.record["final"][metric] = float(value)
-        self.record["seconds"] = time.perf_counter() - self.start
-        self.run.write()
-        self.model.save(self.path.with_suffix(".tmp.keras"))
-        os.replace(self.path.with_suffix(".tmp.keras"), self.path)
+    return keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error) is Exception:  # Keras, if a download fails
+            raise SystemExit(f"error: {type(error).__name__}: {error}") from None
+        raise

@@ -273,10 +273,10 @@ class Run:
         print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder.as_posix()}")
 
     def record(self, arm, epoch, metrics):
-        """Keep the metrics of an epoch; one that is trained again replaces its earlier record."""
+        """Keep the metrics of an epoch, counted from 1; a repeated one replaces its record."""
         record = self.records.setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
         for metric, value in metrics.items():
-            record["history"].setdefault(metric, [])[epoch:] = [value]
+            record["history"].setdefault(metric, [])[epoch - 1 :] = [value]
         record["seconds"] += time.perf_counter() - self.clock
         self.clock = time.perf_counter()
         if self.clock > self.written + 1:
@@ -305,9 +305,10 @@ class Run:
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
         print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print(f"\nimport {keras.__name__}")
+        print()
+        name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
-            print(f'model = {keras.__name__}.models.load_model("{path.as_posix()}")')
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
         print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
@@ -335,7 +336,7 @@ def save_epochs(run, arm, model):
     path = run.folder / f"{arm}.keras"
 
     def on_epoch_end(epoch, logs):
-        run.record(arm, epoch, logs)
+        run.record(arm, epoch + 1, logs)
         run.conclude(arm, logs)  # writes results.json, which so has every epoch of the model
         model.save(path.with_suffix(".tmp.keras"))
         os.replace(path.with_suffix(".tmp.keras"), path)

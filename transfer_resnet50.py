@@ -6,21 +6,20 @@ A network trained on the photographs of ImageNet has learned features that help 
 too. Here ResNet50 is frozen. Its last layers are replaced by global average pooling and a single
 neuron, and only this neuron is trained.
 
-    python transfer_resnet50.py                  # both networks, 7 epochs each; fetches 900 MB
-    python transfer_resnet50.py --synthetic --weights none --epochs 2   # without a download
+    python transfer_resnet50.py                          # both, 7 epochs each; fetches 900 MB
+    python transfer_resnet50.py --epochs 2 --synthetic   # a quick look, without a download
 
 Result, seeds 0 to 2: the small network ends at 0.878 +- 0.001 in training, 0.765 +- 0.054 in
 validation and 0.787 +- 0.062 in test. ResNet50 was not measured: its weights were not available.
 
 Differences from the article:
-1. ResNet50 gets pixels as in its own training: blue, green, red, minus the mean colour of ImageNet.
-   The article gives it RGB from 0 to 1 (`--preprocess article`).
-2. The features of a frozen network never change, so they are computed once, and the last layer is
-   trained on them (`--no-cache-features` computes them in each epoch, as in the article).
-3. Each validation image counts once; the article's ten batches of 1,000 repeat its 2,326 images.
-4. The test images, which the article never uses, are evaluated once, at the end.
-5. Images are decoded once, resized, and rounded to whole numbers. The networks take 0 to 255.
-6. All training images are shuffled together, not within a window of 1,000.
+1. Validation has each image once, in batches of 240, not its 2,326 images in ten batches of 1,000.
+2. The test images, which the article never uses, are evaluated once, at the end.
+3. Images are decoded once, and rounded to whole numbers from 0 to 255, which the networks take.
+4. All training images are shuffled together, not within a window of 1,000.
+5. ResNet50 gets pixels as in its own training: blue, green, red, minus the mean colour of ImageNet.
+   The article gives it red, green, blue from 0 to 1.
+6. ResNet50, which is frozen, sees each image once, not in each epoch (--no-cache-features).
 """
 
 # /// script
@@ -30,7 +29,6 @@ Differences from the article:
 # ///
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -38,9 +36,12 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-# Colab's tensorflow-metadata 1.21 refuses Colab's protobuf 5.29, though both work together.
-# This line can go once Colab has protobuf 6.31.
+# Colab's tensorflow-metadata 1.21 refuses its protobuf 5.29; this can go when that is 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
+if sys.version_info >= (3, 11):  # can go when TFDS installs what it imports (its issue 11212)
+    import importlib.resources.abc
+
+    sys.modules.setdefault("importlib_resources", importlib.resources)
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
@@ -50,6 +51,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from keras import layers
 from keras.applications import resnet50
+from tensorflow_datasets.core.download import downloader
 
 SCRIPT = "transfer_resnet50"
 MODULES = (tf, keras, np)  # results.json names their versions
@@ -58,26 +60,24 @@ ARTICLE = {  # after 7 epochs
     "resnet50": {"accuracy": 0.9012, "val_accuracy": 0.8875},
 }
 IMAGE_SIZE = 100
+TRAIN_BATCH_SIZE = 64
 SYNTHETIC_COUNTS = (160, 24, 16)  # images to train, to validate and to test
-VERBOSE = 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2  # a bar, or plain lines
+VERBOSE = 1 if os.isatty(1) or "ipykernel" in sys.modules else 2  # a bar, or a line an epoch
 
 
-# --- Data ---
+# %% Data
 # The photographs have many sizes. They are labelled 0 for a cat and 1 for a dog.
-def load_data(args):
+def load_data(synthetic):
     """Return the sets to train, to validate and to test: images (height, width, 3) and labels."""
-    if args.synthetic:
+    if synthetic:
         return [synthetic_photographs(count) for count in SYNTHETIC_COUNTS]
-    if not hasattr(tfds, "load"):  # an earlier cell imported it without the line for protobuf above
-        advice = 'pip install "tensorflow-metadata<1.18" and restart Python'
-        raise SystemExit(f"error: tensorflow_datasets was only half imported; {advice}")
-    print("cats_vs_dogs is downloaded once (800 MB); --synthetic needs no network")
-    split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
+    print("cats_vs_dogs (800 MB) is fetched once, by TFDS; --synthetic needs no network")
+    downloader.MAX_RETRIES = 3  # its usual ten take three and a half minutes without a network
+    splits = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
     try:
-        return tfds.load("cats_vs_dogs", split=split, as_supervised=True, data_dir=args.data_dir)
-    except Exception as error:  # TFDS raises many kinds of exceptions
-        reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"error: no cats_vs_dogs ({reason}); use --synthetic") from None
+        return tfds.load("cats_vs_dogs", split=splits, as_supervised=True)
+    except Exception as error:  # TFDS has several kinds of its own
+        raise SystemExit(f"error: no cats_vs_dogs: {type(error).__name__}: {error}") from None
 
 
 def synthetic_photographs(count):
@@ -95,8 +95,9 @@ def synthetic_photographs(count):
 def plot_samples(run, cat_train):
     """Draw two of the images; the axes show that each has a size of its own."""
     figure, axes = plt.subplots(1, 2)
-    for axis, (image, _) in zip(axes, cat_train.take(2)):
+    for axis, (image, label) in zip(axes, cat_train.take(2)):
         axis.imshow(image)
+        axis.set_title(f"{run.results['data']}: {'dog' if label else 'cat'}")
     figure.savefig(run.folder / "samples.png")
 
 
@@ -106,203 +107,174 @@ def pre_process_image(image, label):
     return tf.cast(tf.round(image), tf.uint8), label
 
 
-def make_datasets(sets, batch_size, window, seed):
-    """Return the training set, which repeats, and the others, each in batches."""
-    cat_train, cat_valid, cat_test = sets
-    cat_train = cat_train.shuffle(window, seed=seed).repeat().batch(batch_size)
-    cat_train = cat_train.prefetch(tf.data.AUTOTUNE)
-    return cat_train, cat_valid.batch(240), cat_test.batch(240)  # 1,000 images take gigabytes
-
-
-# --- Model ---
+# %% Model
 # The small network learns all its weights from these photographs, the other one only 2,049.
-def build_head():
-    """Return the convolutional head. It turns pixels (100, 100, 3) into maps (10, 10, 64)."""
+def build_standard_model():
+    """Return the small network, compiled. It turns pixels into the probability of a dog."""
     head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
     head.add(layers.Rescaling(1 / 255))
-    head.add(layers.Conv2D(32, (3, 3)))  # (98, 98, 32)
-    head.add(layers.BatchNormalization())
-    head.add(layers.Activation("relu"))
-    head.add(layers.MaxPooling2D((2, 2)))  # (49, 49, 32)
+    for filters in (32, 32, 64):  # to (49, 49, 32), (23, 23, 32), (10, 10, 64)
+        head.add(layers.Conv2D(filters, (3, 3)))
+        head.add(layers.BatchNormalization())
+        head.add(layers.Activation("relu"))
+        head.add(layers.MaxPooling2D((2, 2)))
 
-    head.add(layers.Conv2D(32, (3, 3)))  # (47, 47, 32)
-    head.add(layers.BatchNormalization())
-    head.add(layers.Activation("relu"))
-    head.add(layers.MaxPooling2D((2, 2)))  # (23, 23, 32)
-
-    head.add(layers.Conv2D(64, (3, 3)))  # (21, 21, 64)
-    head.add(layers.BatchNormalization())
-    head.add(layers.Activation("relu"))
-    head.add(layers.MaxPooling2D((2, 2)))  # (10, 10, 64)
-    return head
-
-
-def build_standard_model():
-    """Return the small network. It turns pixels into the probability of a dog."""
-    head = build_head()
     average_pool = keras.Sequential()
     average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
     average_pool.add(layers.Flatten())  # (1600,)
     average_pool.add(layers.Dense(1, activation="sigmoid"))
-    return keras.Sequential([head, average_pool])
+
+    standard_model = keras.Sequential([head, average_pool])
+    standard_model.compile(optimizer="adam", loss="binary_crossentropy", metrics=["accuracy"])
+    return standard_model
 
 
-def build_res_net(weights, preprocess):
-    """Return the frozen ResNet50 without its top. It turns pixels into maps (4, 4, 2048)."""
-    pixels = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
-    inputs = resnet50.preprocess_input(pixels) if preprocess == "imagenet" else pixels / 255.0
+def build_tl_model(weights):
+    """Return ResNet50, frozen and with a new end, compiled. It takes and gives the same."""
+    IMG_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+    inputs = resnet50.preprocess_input(keras.Input(IMG_SHAPE))
     weights = None if weights == "none" else weights
     try:
         res_net = resnet50.ResNet50(weights=weights, include_top=False, input_tensor=inputs)
-    except Exception as error:  # Keras raises a plain Exception if a download fails
-        advice = "put the named file into ~/.keras/models, or use --weights none"
-        reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"error: no weights for ResNet50 ({reason}); {advice}") from None
+    except Exception as error:  # a plain one after a failed download, others for a wrong file
+        advice = "use --weights FILE, or --arms cnn"
+        raise SystemExit(f"error: no weights for ResNet50: {error}; {advice}") from None
     res_net.trainable = False
-    return res_net
 
-
-def build_tl_model(res_net):
-    """Return the network for transfer learning. It turns pixels into the probability of a dog."""
     global_average_layer = layers.GlobalAveragePooling2D()
     output_layer = layers.Dense(1, activation="sigmoid")
-    return keras.Sequential([res_net, global_average_layer, output_layer])
+    tl_model = keras.Sequential([res_net, global_average_layer, output_layer])
+    tl_model.compile(optimizer="adam", loss="binary_crossentropy", metrics=["accuracy"])
+    return tl_model
 
 
-# --- Training ---
-# As in the article, an epoch is 23262 // 64 batches: 1.25 times through the training images.
-def compute_features(extractor, dataset):
-    """Return a dataset of features (2048,) and labels, on which the output layer is trained."""
-    features = extractor.predict(dataset.batch(64), verbose=VERBOSE)
+# %% Training
+# Both networks are trained alike. As in the article, an epoch is 1.25 times all training images.
+def train_standard_model(run, sets):
+    """Train the small network, or go on after its last finished epoch; return it."""
+    path = run.folder / "cnn.keras"  # in a new run it is not there yet
+    standard_model = keras.models.load_model(path) if path.exists() else build_standard_model()
+    standard_model.summary()
+    fit("cnn", run, standard_model, sets, saved=standard_model)
+    return standard_model
+
+
+def train_tl_model(run, sets):
+    """Train the last layer of tl_model, or go on after its last finished epoch; return it."""
+    path = run.folder / "resnet50.keras"  # in a new run it is not there yet
+    tl_model = keras.models.load_model(path) if path.exists() else build_tl_model(run.args.weights)
+    tl_model.summary()
+    if run.args.no_cache_features:
+        fit("resnet50", run, tl_model, sets, saved=tl_model)
+        return tl_model
+    # The frozen layers return the same features in each epoch, so they are computed once, and the
+    # last layer is trained on them. It is tl_model's layer still, and so is the optimizer.
+    res_net, global_average_layer, output_layer = tl_model.layers
+    frozen_part = keras.Sequential([res_net, global_average_layer])
+    features = [compute_features(frozen_part, dataset) for dataset in sets[:2]]
+    trained_part = keras.Sequential([keras.Input((2048,)), output_layer])
+    trained_part.compile(tl_model.optimizer, loss="binary_crossentropy", metrics=["accuracy"])
+    fit("resnet50", run, trained_part, features, saved=tl_model)
+    return tl_model
+
+
+def compute_features(frozen_part, dataset):
+    """Return a dataset of features (2048,) and labels in the place of images and labels."""
+    features = frozen_part.predict(dataset.batch(64), verbose=VERBOSE)
     labels = [label for _, label in dataset.as_numpy_iterator()]
     return tf.data.Dataset.from_tensor_slices((features, labels))
 
 
-def train(arm, run, sets, res_net):
-    """Train a network, or go on after its last finished epoch, and record its final numbers."""
-    saver = SaveEpochs(run, arm)  # made first, so that its time includes the features
-    keras.utils.set_random_seed(run.args.seed)
-    model = build_standard_model() if arm == "cnn" else build_tl_model(res_net)
-    model.summary()
-    network = model  # what is trained: the whole model, or only its output layer
-    cached = arm == "resnet50" and not run.args.no_cache_features
-    if cached:
-        _, global_average_layer, output_layer = model.layers
-        extractor = keras.Sequential([res_net, global_average_layer])
-        sets = [compute_features(extractor, dataset) for dataset in sets]
-        network = keras.Sequential([keras.Input((2048,)), output_layer])
-        saver.path = run.folder / arm / "head.keras"  # from this file a resumed run goes on
-    if saver.path.exists():
-        network = keras.models.load_model(saver.path)
-    else:
-        network.compile(keras.optimizers.Adam(), "binary_crossentropy", metrics=["accuracy"])
-    fit(arm, network, saver, sets)
-    saver.record["final"]["parameters"] = model.count_params()
-    if cached:
-        output_layer.set_weights(network.get_weights())  # if resumed, the network is a copy
-        model.save(run.folder / f"{arm}.keras")
-
-
-def fit(arm, network, saver, sets):
-    """Train a network up to epoch --epochs, then evaluate it on the test images."""
-    args = saver.run.args
-    events = saver.run.folder / arm
-    if events.exists():  # a resumed run counts batches from 0 again: its curves get a new folder
-        events = events / time.strftime("resumed-%Y%m%d-%H%M%S")
-    cat_train, cat_valid, cat_test = make_datasets(sets, args.batch_size, len(sets[0]), args.seed)
-    image_count = sum(len(dataset) for dataset in sets)  # 23262
-    steps = args.steps_per_epoch or max(1, image_count // args.batch_size)
-    network.fit(
-        cat_train,
-        steps_per_epoch=steps,
+def fit(arm, run, model, cat_train, cat_valid, saved):
+    """Fit a model as the article does, up to epoch --epochs; after each, save the model `saved`."""
+    args = run.args
+    steps = int(model.optimizer.iterations.numpy())
+    cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
+    cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
+    tensor_board = keras.callbacks.TensorBoard(run.events / arm, update_freq="batch")
+    print(f"\n{arm}: epochs {steps // args.steps_per_epoch + 1} to {args.epochs}")
+    model.fit(
+        cat_train.batch(args.batch_size).prefetch(tf.data.AUTOTUNE),
+        steps_per_epoch=args.steps_per_epoch,
         epochs=args.epochs,
-        initial_epoch=int(network.optimizer.iterations.numpy()) // steps,
-        validation_data=cat_valid,
+        initial_epoch=steps // args.steps_per_epoch,
+        validation_data=cat_valid.batch(240),  # 1,000 images take gigabytes
+        callbacks=[tensor_board, save_epochs(run, arm, saved)],
         shuffle=False,  # the dataset is shuffled already
         verbose=VERBOSE,
-        callbacks=[keras.callbacks.TensorBoard(events, update_freq="batch"), saver],
     )
-    saver.record["final"]["test_accuracy"] = network.evaluate(cat_test, verbose=VERBOSE)[1]
 
 
-# --- Figures ---
+# %% Figures
 # The article's two: accuracy in training and in validation.
 def plot(run):
     """Draw the accuracy of both networks by epoch."""
     for metric, name in {"accuracy": "training", "val_accuracy": "validation"}.items():
-        figure, axes = plt.subplots()
-        for arm, record in run.results["arms"].items():
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for arm, record in run.records.items():
             values = record["history"][metric]
             axes.plot(range(1, len(values) + 1), values, ".-", label=arm)
         axes.set(title=run.results["data"], xlabel="epoch", ylabel=f"{name} accuracy")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         figure.savefig(run.folder / f"{name}_accuracy.png")
 
 
-# --- Command line ---
+# %% Command line
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
-    parser = make_parser("--epochs", default=7, several=True)
+    parser = make_parser("--epochs", default=7)
     add = parser.add_argument
     add("--steps-per-epoch", type=int, help="batches per epoch; if not given, images // batch size")
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--batch-size", type=int, default=64, help="images per batch")
-    add("--data-dir", help="folder of cats_vs_dogs; if not given, that of TFDS")
-    add("--weights", default="imagenet", help="of ResNet50: imagenet, none (random) or a file")
-    add("--preprocess", choices=["imagenet", "article"], default="imagenet", help="for ResNet50")
+    add("--resume", type=os.path.expanduser, metavar="RUN_DIR", help="go on with this run")
+    add("--batch-size", type=int, default=TRAIN_BATCH_SIZE, help="images per batch")
+    add("--weights", type=os.path.expanduser, help="of ResNet50: imagenet, none (random) or a file")
     add("--no-cache-features", action="store_true", help="run ResNet50 again in each epoch")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
-    args, results = read_run(parser, argv)
-    data = "synthetic" if args.synthetic else "cats_vs_dogs"
-    with Run(args, data, results=results) as run:
-        mirrored = args.device == "all"  # each device then gets a part of every batch
-        strategy = tf.distribute.MirroredStrategy() if mirrored else tf.distribute.get_strategy()
-        with strategy.scope():
-            keras.utils.set_random_seed(args.seed)
-            res_net = None
-            if "resnet50" in args.arms:  # before the data, as its weights may be missing
-                res_net = build_res_net(args.weights, args.preprocess)
-            sets = load_data(args)
-            plot_samples(run, sets[0])
-            sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE).cache() for dataset in sets]
-            for arm in dict.fromkeys(args.arms):  # each of them once
-                train(arm, run, sets, res_net)
-        plot(run)
-        return run.report()
+    args, earlier = read_run(parser, argv)
+    if args.weights is None:
+        args.weights = "none" if args.synthetic else "imagenet"
+    if args.weights not in ("none", "imagenet") and not os.path.exists(args.weights):
+        parser.error(f"argument --weights: there is no file {args.weights}")
+    if args.arms[0] == "resnet50" and not earlier:
+        build_tl_model(args.weights)  # a run that cannot start ends here, and leaves no folder
+    sets = load_data(args.synthetic)
+    if args.steps_per_epoch is None:
+        args.steps_per_epoch = max(1, sum(map(len, sets)) // args.batch_size)  # 23262 // 64
+    run = Run(args, "synthetic" if args.synthetic else "cats_vs_dogs", earlier)
+    plot_samples(run, sets[0])
+    sets = [dataset.map(pre_process_image, tf.data.AUTOTUNE).cache() for dataset in sets]  # 700 MB
+    for arm in args.arms:
+        keras.utils.set_random_seed(args.seed)
+        train = train_standard_model if arm == "cnn" else train_tl_model
+        model = train(run, sets)
+        test_accuracy = model.evaluate(sets[2].batch(240), verbose=VERBOSE)[1]
+        run.conclude(arm, {"test_accuracy": test_accuracy, "parameters": model.count_params()})
+    plot(run)
+    return run.report()
 
 
-# --- Frame: flags, faults, folder and results; the same text in every script ---
-def make_parser(*names, default, several=False):
+# %% Frame: flags, run folder and results; the same text in every script
+def make_parser(*names, default, devices=("auto", "cpu", "gpu")):
     """Return a parser with the flags of every script; `names` are the names of the first flag."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser(description=lines[0], allow_abbrev=False)
+    parser.epilog = "; ".join(line.split("#")[0].strip() for line in lines if "   python" in line)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
-    add("--logdir", default="log", help="each run makes a folder of its own in this one")
+    add("--device", choices=devices, default="auto", help="auto is a GPU where there is one")
+    add("--logdir", type=os.path.expanduser, default="log", help="each run makes a folder in it")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
 
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return the name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
-    except RuntimeError:  # TensorFlow has already started in this process
-        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
-    return name
-
-
 def parse_flags(parser, argv):
     """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - pythonw has none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(line_buffering=True)
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
@@ -310,120 +282,122 @@ def parse_flags(parser, argv):
     except SystemExit as end:
         raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
-    if "://" in args.logdir:
-        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if value == "" or (type(value) in (int, float) and not least <= value < 2**32):
+            parser.error(f"argument --{name.replace('_', '-')}: {value!r} is not allowed")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
+    if args.device == "gpu" and not gpus:
+        parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        parser.error(f"argument --device: too late for {args.device}; restart Python first")
     return args
 
 
 class Run:
-    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+    """A run, new or going on with an `earlier` one: its flags, folder and results.json."""
 
-    def __init__(self, args, data, results=None):
-        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-            sys.stdout.reconfigure(line_buffering=True)
+    def __init__(self, args, data, earlier=None):
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        self.args = args
+        self.folder = pathlib.Path(args.logdir, SCRIPT, name)
         while self.folder.exists():  # two runs may start in one second
             self.folder = self.folder.with_name(f"{self.folder.name}-2")
-        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
-        if results:
-            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        if earlier:
+            self.folder = pathlib.Path(args.resume)
+        self.events = self.folder / f"resumed-{name}" if earlier else self.folder  # TensorBoard's
+        device = ", ".join(gpu.name for gpu in tf.config.get_visible_devices("GPU")) or "CPU"
+        self.results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data}
         self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
-        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
-        self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results["complete"] = False
-        with self:  # its end writes results.json
-            self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
-            raise SystemExit(f"error: {kind.__name__}: {error}") from None
-        if kind is not SystemExit:
-            self.write()
-        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
-        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    def write(self):
-        """Write results.json beside the old one and rename it, so that it is never half written."""
-        try:
-            text = json.dumps(self.results, indent=1, allow_nan=False)
-        except ValueError:
-            raise SystemExit("error: a number is not finite; try another --seed") from None
-        (self.folder / "results.json.tmp").write_text(text)
-        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
-
-    def report(self):
-        """Print the results beside the article's and how to go on; return the final numbers."""
-        self.results["complete"] = True
+        self.results["arms"] = earlier["arms"] if earlier else {}
+        self.records = self.results["arms"]  # {arm: what record() and conclude() fill}
+        self.clock = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder.as_posix()}")
+
+    def record(self, arm, epoch, metrics):
+        """Keep the metrics of an epoch, counted from 1; a repeated one replaces its record."""
+        record = self.records.setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
+        for metric, value in metrics.items():
+            record["history"].setdefault(metric, [])[epoch - 1 :] = [value]
+        record["seconds"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        if self.clock > self.written + 1:
+            self.write()
+
+    def conclude(self, arm, numbers):
+        """Keep final numbers of an arm."""
+        self.records[arm]["final"].update(numbers)
+        self.write()
+
+    def write(self, complete=False):
+        """Write results.json beside the old one and rename it, so that it is never half written."""
+        text = json.dumps(self.results | {"complete": complete}, indent=1)
+        (self.folder / "results.tmp").write_text(text)
+        os.replace(self.folder / "results.tmp", self.folder / "results.json")
+        self.written = time.perf_counter()
+
+    def report(self, *lines):
+        """Print the final numbers, the figures, and lines to paste; return the final numbers."""
+        self.write(complete=True)
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
             for metric, value in record["final"].items():
-                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
-        for path in sorted(self.folder.glob("*.*")):
-            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
-        print(f'tensorboard --logdir "{self.folder}"')
+                form = "," if isinstance(value, int) else ",.4g"
+                here = "never" if value is None else format(value, form)
+                print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
+        print()
+        name = keras.__name__
+        for path in sorted(self.folder.glob("*.keras")):
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
+        print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
 
-# --- Frame, resume: the same text in every script that can go on after an interruption ---
+# %% Frame, resume: the same text in every script that can go on after an interruption
 def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names (else None).
-
-    The flags are those of that run. Only --epochs, --max-steps and --device may change.
-    """
+    """Return the flags, and the results of the run that --resume names, whose flags they are."""
     args = parse_flags(parser, argv)
     if args.resume is None:
         return args, None
-    try:
-        results = json.loads(pathlib.Path(args.resume, "results.json").read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --resume: {error}")
-    if results["script"] != SCRIPT:
-        parser.error(f"argument --resume: {args.resume} is a run of {results['script']}.py")
-    parser.set_defaults(**results["config"])
+    earlier = json.loads(pathlib.Path(args.resume, "results.json").read_text())
+    if earlier["script"] != SCRIPT:
+        parser.error(f"argument --resume: {args.resume} is a run of {earlier['script']}.py")
+    parser.set_defaults(**earlier["config"])
     args = parse_flags(parser, argv)
-    for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
-        if getattr(args, name) != results["config"][name]:
+    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+        if getattr(args, name) != earlier["config"][name]:
             parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
-    return args, results
+    return args, earlier
 
 
-# --- Frame, fit: the same text in every script that calls fit and can go on ---
-class SaveEpochs(keras.callbacks.Callback):
-    """Writes each epoch to results.json, then saves the model; a kill never leaves half a file."""
+# %% Frame, fit: the same text in every script that calls fit and can go on
+def save_epochs(run, arm, model):
+    """Return a callback that records each epoch, then saves `model`; a kill leaves no half file."""
+    path = run.folder / f"{arm}.keras"
 
-    def __init__(self, run, arm):
-        super().__init__()
-        self.run = run
-        self.path = run.folder / f"{arm}.keras"
-        new = {"history": {}, "final": {}, "seconds": 0.0}
-        self.record = run.results["arms"].setdefault(arm, new)
-        self.start = time.perf_counter() - self.record["seconds"]
+    def on_epoch_end(epoch, logs):
+        run.record(arm, epoch + 1, logs)
+        run.conclude(arm, logs)  # writes results.json, which so has every epoch of the model
+        model.save(path.with_suffix(".tmp.keras"))
+        os.replace(path.with_suffix(".tmp.keras"), path)
 
-    def on_epoch_end(self, epoch, logs=None):
-        for metric, value in logs.items():  # an epoch trained again replaces its earlier record
-            self.record["history"].setdefault(metric, [])[epoch:] = [float(value)]
-            self.record["final"][metric] = float(value)
-        self.record["seconds"] = time.perf_counter() - self.start
-        self.run.write()
-        self.model.save(self.path.with_suffix(".tmp.keras"))
-        os.replace(self.path.with_suffix(".tmp.keras"), self.path)
+    return keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error) is Exception:  # Keras, if a download fails
+            raise SystemExit(f"error: {type(error).__name__}: {error}") from None
+        raise
