@@ -1,7 +1,6 @@
 """Fit lines with TensorFlow Probability: Bayes' theorem, maximum likelihood, a band of noise.
 
-Article: "Bayes Theorem, maximum likelihood estimation and TensorFlow Probability"
-(Adventures in Machine Learning).
+Article: "Bayes Theorem, maximum likelihood estimation and TensorFlow Probability".
 
 Bayes' theorem says how data turn a belief, the prior, into a new one, the posterior. Without a
 prior the best parameters are those that make the data most likely. Here networks that return
@@ -14,13 +13,13 @@ Result (seeds 0 to 4): the first fit differs from least squares by up to 0.07 in
 intercept. The second fit's band holds 42 to 95 % of the points, and 95 to 98 % with `--converge`.
 
 Differences from the article:
-1. x and y are columns (N, 1): today a row x (N,) is an error. The article's mean `x[:, 0]`, a row,
-   would meet every y of a column, without an error, and the line would be too flat.
+1. x, y and means are columns (N, 1): a row x (N,) is an error today. With a column y, the article's
+   `x[:, 0]`, a row, compares each y with all means, without an error: the line is too flat.
 2. tf_keras instead of Keras 3, whose models TensorFlow Probability's layers reject.
 3. Sigma is the standard deviation, as in the article's code. Its text says variance.
 4. The data are drawn with a seed, and no array takes the place of the function `noise`.
 5. The second fit has the rate of the first, 0.05. The author's notebook has 0.001: too slow.
-6. Added: heights that move the prior, which the article only pictures; least squares; `--converge`.
+6. Added: heights that move the prior (the article has a picture), least squares, `--converge`.
 """
 
 # /// script
@@ -52,9 +51,8 @@ tfd = tfp.distributions
 SCRIPT = "bayes_mle"
 MODULES = (tf, keras, tfp, np)  # results.json names their versions
 ARTICLE = {}  # it shows its results in pictures, without numbers
-PRIOR_MEAN = 130  # cm, the teacher's guess; the other numbers of the class are made up
-CLASS_MEAN = 142
-
+PRIOR_MEAN = 130.0  # cm, the teacher's guess; the other numbers of the class are made up
+CLASS_MEAN = 142.0
 x_range = np.arange(0, 10, 0.1)[:, np.newaxis]  # (100, 1)
 grad = 2.0
 intercept = 3.0
@@ -85,10 +83,9 @@ def update_prior(run):
             densities.append(posterior)
             mean = np.trapezoid(mu * posterior, mu)
             stddev = np.sqrt(np.trapezoid((mu - mean) ** 2 * posterior, mu))
-            numbers = {"mean": float(mean), "stddev": float(stddev)}
-            run.record("prior", count, numbers)
+            run.record("prior", count, {"mean": float(mean), "stddev": float(stddev)})
             tf.summary.scalar("mean", mean, step=count)
-    run.conclude("prior", numbers)
+    run.conclude("prior", {"mean": float(mean), "stddev": float(stddev)})
     return mu, densities
 
 
@@ -125,8 +122,7 @@ def constant_noise_model():
 def neg_log_likelihood(y_actual, y_predict):
     """Return -log p(y), shape (N, 1), of y_actual (N, 1) under the N distributions y_predict.
 
-    For N(mu, sigma) that is ln sigma + ln(2 pi) / 2 + ((y - mu) / sigma)^2 / 2. In the article's
-    example, y = 8 under N(10, 1), it is 0 + 0.9189 + 2 = 2.9189.
+    In the article's example, 8 under N(10, 1): ln 1 + ln(2 pi) / 2 + ((8 - 10) / 1)^2 / 2 = 2.9189.
     """
     return -y_predict.log_prob(y_actual)
 
@@ -141,7 +137,7 @@ def growing_noise_model():
 
 
 # %% Training
-# The article's fit. In its first example the exact solution is known: least squares.
+# The article's fit; the second example has twice the epochs, as in the author's notebook.
 def train(arm, make_data, build_model, epochs, run):
     """Fit one of the examples; save its weights, estimates and figures."""
 
@@ -161,19 +157,18 @@ def train(arm, make_data, build_model, epochs, run):
     callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=record)]
     with tf.summary.create_file_writer(str(run.events / arm)).as_default():
         model.fit(x_range, lin_reg, epochs=epochs, verbose=False, callbacks=callbacks)
-    outputs = {"fit": model(x_range)}
-    if run.args.converge:  # all points in each step, and a step size that falls to zero
+    yhat = model(x_range)
+    outputs = {"truth": truth, "fit": yhat}
+    if run.args.converge:  # with a new Adam, all points in each step, and a rate that falls to 0
         print(f"going on for {2 * epochs} epochs, to the maximum ...")
         rate = keras.optimizers.schedules.CosineDecay(0.2, 2 * epochs)
-        # A new Adam, because the old one remembers its first gradients, which may have been huge.
         model.compile(optimizer=keras.optimizers.Adam(rate), loss=neg_log_likelihood)
         model.fit(x_range, lin_reg, batch_size=100, epochs=2 * epochs, verbose=False)
         outputs["converged"] = model(x_range)
     model.save_weights(run.folder / f"{arm}.weights.h5")
-    if arm == "constant_noise":
+    if arm == "constant_noise":  # its maximum likelihood can be computed
         line = np.polyfit(x_range[:, 0], lin_reg[:, 0], 1)
         outputs["least squares"] = tfd.Normal(np.polyval(line, x_range), 1)
-    outputs["truth"] = truth
     estimates = {name: describe(lin_reg, yhat) for name, yhat in outputs.items()}
     for name, numbers in estimates.items():
         print(f"{name:>13}:", *(f" {metric} {value:.4f}" for metric, value in numbers.items()))
@@ -218,13 +213,12 @@ def plot(run, arm, lin_reg, outputs):
     axes.set(title=arm.replace("_", " "), xlabel="x", ylabel="y")
     figure.savefig(run.folder / f"{arm}_data.png")
     for name, yhat in outputs.items():
-        mean = yhat.mean()
+        mean = yhat.mean()[:, 0]
         axes.plot(x_range, mean, styles[name], label=name)
         if arm == "growing_noise":
-            upper = mean + 2 * yhat.stddev()
-            lower = mean - 2 * yhat.stddev()
-            band = f"{name}: two standard deviations"
-            axes.fill_between(x_range[:, 0], lower[:, 0], upper[:, 0], alpha=0.1, label=band)
+            upper = mean + 2 * yhat.stddev()[:, 0]
+            lower = mean - 2 * yhat.stddev()[:, 0]
+            axes.fill_between(x_range[:, 0], lower, upper, alpha=0.1, label=f"{name} +- 2 stddev")
     axes.legend(loc="upper left")
     figure.savefig(run.folder / f"{arm}_fit.png")
 
@@ -239,11 +233,9 @@ def main(argv=None):
     plot_prior(run, *update_prior(run))
     train("constant_noise", constant_noise_data, constant_noise_model, args.epochs, run)
     train("growing_noise", growing_noise_data, growing_noise_model, 2 * args.epochs, run)
-    lines = [f"# The next lines need this file's functions: from {SCRIPT} import *"]
-    for arm in ("constant_noise", "growing_noise"):
-        path = (run.folder / f"{arm}.weights.h5").as_posix()
-        lines.append(f'model = {arm}_model(); model.build((None, 1)); model.load_weights("{path}")')
-    return run.report(*lines)
+    load = 'model = {0}_model(); model.build((None, 1)); model.load_weights("{1}/{0}.weights.h5")'
+    lines = [load.format(arm, run.folder.as_posix()) for arm in ("constant_noise", "growing_noise")]
+    return run.report(f"# The next lines need this script: from {SCRIPT} import *", *lines)
 
 
 # %% Frame: flags, run folder and results; the same text in every script
@@ -342,8 +334,7 @@ class Run:
                 form = "," if isinstance(value, int) else ",.4g"
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
-        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print()
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), "", sep="\n")
         name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
             print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')

@@ -8,9 +8,11 @@ best next action, and a second one, which follows the first slowly, says what th
 
     python double_q_cartpole.py                           # the article's second figure
     python double_q_cartpole.py --random-reward-std 0     # the article's first figure
-    python double_q_cartpole.py --epochs 300 --runs 20    # mean and spread of twenty runs
+    python double_q_cartpole.py --epochs 300 --runs 20    # twenty runs of each
 
-Result (300 episodes, seeds 0 to 19): RESULT
+Result (300 episodes, seeds 0 to 19): Double Q makes more steps in the first hundred episodes, 90
+against 68 (difference 21.5 +- 7.0, its standard error), but not later (183 and 184). By the median,
+its values are too large by 1.4, deep Q's by 3.0. A single run of either may say the opposite.
 
 Differences from the article:
 1. CartPole-v0 is no more. This is CartPole-v1 with v0's limit of 200 steps.
@@ -233,7 +235,7 @@ def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", "--episodes", default=1000)
     add = parser.add_argument
-    add("--max-steps", type=int, help="end a training with the episode that reaches this step")
+    add("--max-steps", type=int, help="end a training after this many environment steps")
     add("--random-reward-std", type=float, default=RANDOM_REWARD_STD, help="noise of the rewards")
     add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="agents to train")
@@ -248,7 +250,7 @@ def main(argv=None):
         for seed in range(args.seed, args.seed + args.runs):
             train_agent(arm, seed, run)
     compare_rewards(run, f"CartPole, each step pays N(1, {args.random_reward_std:g})")
-    return run.report()
+    return run.report("# One seed says little: docs/results/README.md has the means of twenty.")
 
 
 # %% Frame: flags, run folder and results; the same text in every script
@@ -347,8 +349,7 @@ class Run:
                 form = "," if isinstance(value, int) else ",.4g"
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
-        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print()
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), "", sep="\n")
         name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
             print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
@@ -397,7 +398,8 @@ def moving_average(values):
 def compare_rewards(run, title):
     """Average the final numbers of each arm over its trainings; draw its reward by episode."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, record in run.results["arms"].items():
+    agents = {arm: record for arm, record in run.results["arms"].items() if "runs" in record}
+    for arm, record in agents.items():
         for metric in record["runs"][0]["final"]:
             values = [training["final"][metric] for training in record["runs"]]
             if None not in values:

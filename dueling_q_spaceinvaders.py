@@ -498,8 +498,7 @@ class Run:
                 form = "," if isinstance(value, int) else ",.4g"
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
-        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print()
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), "", sep="\n")
         name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
             print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')

@@ -37,9 +37,9 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-# Colab's tensorflow-metadata 1.21 refuses its protobuf 5.29; this can go when that is 6.31.
+# Colab's tensorflow-metadata 1.21 refuses its protobuf 5.29. This line can go once it has 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
-if sys.version_info >= (3, 11):  # can go when TFDS installs what it imports (its issue 11212)
+if sys.version_info >= (3, 11):  # until TFDS itself installs importlib_resources (issue 11212)
     import importlib.resources.abc
 
     sys.modules.setdefault("importlib_resources", importlib.resources)
@@ -98,7 +98,7 @@ def plot_samples(run, cat_train):
     figure, axes = plt.subplots(1, 2)
     for axis, (image, label) in zip(axes, cat_train.take(2)):
         axis.imshow(image)
-        axis.set_title(f"{run.results['data']}: {'dog' if label else 'cat'}")
+        axis.set(title="dog" if label else "cat", xlabel=run.results["data"])
     figure.savefig(run.folder / "samples.png")
 
 
@@ -112,25 +112,20 @@ def pre_process_image(image, label):
 # All networks begin with the same head. What follows it is what the article compares.
 def build_model(arm):
     """Return the compiled network `arm`. It turns pixels into the probability of a dog."""
-    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
-    head.add(layers.Rescaling(1 / 255))
+    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3)), layers.Rescaling(1 / 255)])
     for filters in (32, 32, 64):  # to (49, 49, 32), (23, 23, 32), (10, 10, 64)
         head.add(layers.Conv2D(filters, (3, 3)))
         head.add(layers.BatchNormalization())
         head.add(layers.Activation("relu"))
         head.add(layers.MaxPooling2D((2, 2)))
-
     if arm == "fc":
         standard_classifier = keras.Sequential()
         standard_classifier.add(layers.Flatten())  # (6400,)
         standard_classifier.add(layers.BatchNormalization())
-        standard_classifier.add(layers.Dense(100))
-        standard_classifier.add(layers.Activation("relu"))
+        standard_classifier.add(layers.Dense(100, activation="relu"))
         standard_classifier.add(layers.BatchNormalization())
-        standard_classifier.add(layers.Dense(100))
-        standard_classifier.add(layers.Activation("relu"))
-        standard_classifier.add(layers.Dense(1))
-        standard_classifier.add(layers.Activation("sigmoid"))
+        standard_classifier.add(layers.Dense(100, activation="relu"))
+        standard_classifier.add(layers.Dense(1, activation="sigmoid"))
         model = keras.Sequential([head, standard_classifier])  # the article's standard_model
 
     if arm == "avgpool":
@@ -150,16 +145,12 @@ def build_model(arm):
         standard_classifier_with_do = keras.Sequential()
         standard_classifier_with_do.add(layers.Flatten())  # (6400,)
         standard_classifier_with_do.add(layers.BatchNormalization())
-        standard_classifier_with_do.add(layers.Dense(100))
-        standard_classifier_with_do.add(layers.Activation("relu"))
+        standard_classifier_with_do.add(layers.Dense(100, activation="relu"))
         standard_classifier_with_do.add(layers.Dropout(0.5))
         standard_classifier_with_do.add(layers.BatchNormalization())
-        standard_classifier_with_do.add(layers.Dense(100))
-        standard_classifier_with_do.add(layers.Activation("relu"))
-        standard_classifier_with_do.add(layers.Dense(1))
-        standard_classifier_with_do.add(layers.Activation("sigmoid"))
+        standard_classifier_with_do.add(layers.Dense(100, activation="relu"))
+        standard_classifier_with_do.add(layers.Dense(1, activation="sigmoid"))
         model = keras.Sequential([head, standard_classifier_with_do])
-
     model.compile(optimizer="adam", loss="binary_crossentropy", metrics=["accuracy"])
     return model
 
@@ -176,7 +167,6 @@ def train(arm, run, sets):
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
     cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
-    tensor_board = keras.callbacks.TensorBoard(run.events / arm)
     print(f"\n{arm}: epochs {steps // args.steps_per_epoch + 1} to {args.epochs}")
     print(f"{model.layers[-1].count_params():,} parameters follow the head")
     model.fit(
@@ -185,7 +175,7 @@ def train(arm, run, sets):
         epochs=args.epochs,
         initial_epoch=steps // args.steps_per_epoch,
         validation_data=cat_valid.batch(240),  # 1,000 images take gigabytes
-        callbacks=[tensor_board, save_epochs(run, arm, model)],
+        callbacks=[keras.callbacks.TensorBoard(run.events / arm), save_epochs(run, arm, model)],
         shuffle=False,  # the dataset is shuffled already
         verbose=1 if os.isatty(1) or "ipykernel" in sys.modules else 2,  # a bar, or a line an epoch
     )
@@ -200,9 +190,9 @@ def plot(run):
     for metric in ("accuracy", "loss"):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for i, (arm, record) in enumerate(run.records.items()):
-            epochs = range(1, len(record["history"][metric]) + 1)
-            axes.plot(epochs, record["history"][metric], f"C{i}.--", label=f"{arm}, training")
-            axes.plot(epochs, record["history"][f"val_{metric}"], f"C{i}.-", label=arm)
+            train, valid = record["history"][metric], record["history"][f"val_{metric}"]
+            axes.plot(range(1, len(train) + 1), train, f"C{i}.--", label=f"{arm}, training")
+            axes.plot(range(1, len(valid) + 1), valid, f"C{i}.-", label=f"{arm}, validation")
         axes.set(title=run.results["data"], xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
@@ -328,8 +318,7 @@ class Run:
                 form = "," if isinstance(value, int) else ",.4g"
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
-        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print()
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), "", sep="\n")
         name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
             print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')

@@ -1,35 +1,34 @@
 """Check that the policy gradient is the gradient of a weighted cross-entropy, and train with it.
 
-Article: "A simple policy gradient implementation with keras (part 1)".
+Article: "A simple policy gradient implementation with keras (part 1)" (dirko.github.io).
 
 A policy should take rewarded actions more often. The article derives that plain Keras can do this:
 fit the network to the actions it took, each weighted by its reward. It leaves open whether that
-works. Here the arm `identity` compares the gradients, and the arm `agent` trains with nothing but
-`train_on_batch(states, actions, sample_weight=...)`.
+works. Here `identity` compares the gradients, and `agent` learns CartPole in this way.
 
-    python keras_pg_weighted_ce.py                                  # both arms, CartPole
-    python keras_pg_weighted_ce.py --arms agent --env ALE/Pong-v5   # the article's Pong
+    python keras_pg_weighted_ce.py
+    python keras_pg_weighted_ce.py --arms identity    # the gradients alone, in seconds
 
 Result (seeds 0 to 4): the two gradients differ by 2e-7 of their length, and the error of an
-estimate from N samples falls as N^-0.49 to N^-0.50. On CartPole the last 100 of 1,500 episodes take
-187 to 199 steps. The agent loses Pong (seed 0) by 20.5 points at first, by 20.3 after 900 games.
+estimate from N samples falls as N^-0.49 to N^-0.50. The agent's last hundred of 1,500 episodes take
+187 to 199 steps.
 
 Differences from the article:
-1. The loss is -L. Minimising the article's L = sum_i r_i log q(a_i | s_i) would teach to lose.
+1. The loss is -L. Minimising the article's L = sum_i r_i log q(a_i|s_i) would teach to lose.
 2. The weights are divided by the number of samples. The article's sum grows with that number.
-3. An agent is trained; the article stops before its Pong agent. Pong is played as in A. Karpathy's
-   "Deep Reinforcement Learning: Pong from Pixels": two actions, the difference of two frames as the
-   state, returns that end with each point, and one step of RMSprop every ten games.
+3. An agent is trained, on CartPole; the article leaves that to its second part, which plays Pong.
+   As in reinforce_cartpole.py an action's weight is its discounted return, standardised. Returns
+   that are all equal become zeros. An episode of 200 steps ends as if the pole had fallen.
 """
 
 # /// script
 # requires-python = ">=3.10,<3.14"
-# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3", "numpy>=2,<3",
-#     "gymnasium[classic-control]>=1.1,<2", "ale-py>=0.10.2,<1", "matplotlib>=3.9,<4"]
+# dependencies = ["tensorflow>=2.20,<3", "keras>=3.10,<4", "tensorboard>=2.20,<3",
+#     "gymnasium[classic-control]>=1.1,<2", "numpy>=2,<3", "matplotlib>=3.9,<4"]
 # ///
 
 import argparse
-import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -38,9 +37,10 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # faster: the network is small
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # a GIF needs no window
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
-import ale_py
 import gymnasium
 import keras
 import matplotlib.pyplot as plt
@@ -48,17 +48,24 @@ import numpy as np
 import tensorflow as tf
 
 SCRIPT = "keras_pg_weighted_ce"
-MODULES = (tf, keras, np, gymnasium, ale_py)  # results.json names their versions
+MODULES = (tf, keras, np, gymnasium)  # results.json names their versions
 ARTICLE = {"identity": {}, "agent": {}}  # the article gives no numbers
-GAMMA = {"CartPole-v1": 0.95, "ALE/Pong-v5": 0.99}
-BATCH_SIZE = 10  # episodes between two saves; in Pong also games per step of the optimizer
+GAMMA = 0.95  # what a reward one step later is worth
+
+state_size = 4
+num_actions = 2
 
 
-# --- Algorithm ---
-# The identity first. A policy q(a|s) earns f(a, s), and E is the mean over the actions it draws:
-#     grad E[f] = sum_a f grad q = sum_a q f (grad q / q) = E[f grad log q].
-# So actions drawn from the policy are enough to estimate the gradient, and log q(a|s) is minus the
-# cross-entropy of the one-hot action a and the policy.
+# %% Algorithm
+# A policy q(a|s) earns f(a, s), and E is the mean over the actions that it draws:
+#     grad E[f] = sum_a f grad q = sum_a q f (grad q / q) = E[f grad log q]
+# So N actions a_i, drawn from the policy, and their rewards r_i are enough to estimate it, as
+#     grad L, with L = sum_i r_i log q(a_i|s_i) / N
+# Let a = (a^1, ..., a^M) be one-hot: 1 for the action that was taken, 0 for the others. A factor to
+# the power of 0 is 1, so the likelihood of that action is a product, and its log is a sum:
+#     q(a|s) = prod_m q^m(s)^(a^m), log q(a|s) = sum_m a^m log q^m(s) = -H(a, q)
+# H is the categorical cross-entropy. So -L, which is to be minimised, is the cross-entropy of the
+# actions and the policy, with r_i / N as the weight of a sample.
 def exact_gradient(q, states, rewards):
     """Return the gradient of mean_s sum_a q(a|s) f(a, s) for the kernel W of q = softmax(s W).
 
@@ -69,30 +76,19 @@ def exact_gradient(q, states, rewards):
     return states.T @ (q * gain) / len(states)
 
 
-def weighted_ce_gradient(policy, states, targets, weights):
-    """Return the gradient of L = sum_i w_i log q(a_i|s_i) for the policy's first kernel.
+def weighted_ce_gradient(policy, states, one_hot, weights):
+    """Return the gradient of sum_i w_i log q(a_i|s_i) for the policy's first kernel.
 
-    States are (N, features), targets are one-hot actions (N, actions), weights are (N,).
+    States are (N, features), one_hot actions (N, actions), weights (N,).
     """
     cross_entropy = keras.losses.CategoricalCrossentropy(reduction="sum")
     with tf.GradientTape() as tape:
-        loss = cross_entropy(targets, policy(states), sample_weight=weights)  # this is -L
+        loss = cross_entropy(one_hot, policy(states), sample_weight=weights)  # this is -L
     return -tape.gradient(loss, policy.trainable_variables[0]).numpy()
 
 
-def monte_carlo_gradient(policy, states, rewards, num_samples):
-    """Return the estimate from `num_samples` random states, each with an action drawn by q."""
-    drawn = np.random.randint(0, len(states), num_samples)
-    log_q = tf.math.log(policy(states[drawn]))  # (num_samples, actions)
-    actions = tf.random.categorical(log_q, 1)[:, 0].numpy()
-    targets = np.eye(rewards.shape[1])[actions]
-    weights = rewards[drawn, actions] / num_samples
-    return weighted_ce_gradient(policy, states[drawn], targets, weights)
-
-
 def show_identity(run):
-    """Record how far both gradients are from the exact one, divided by its length."""
-    start = time.perf_counter()
+    """Record how far weighted cross-entropies are from the exact gradient, by its length."""
     keras.utils.set_random_seed(run.args.seed)
     states = np.random.normal(size=(8, 3))
     rewards = np.random.normal(size=(8, 4))  # of each of four actions in each state
@@ -100,188 +96,122 @@ def show_identity(run):
     q = policy(states).numpy()
     exact = exact_gradient(q, states, rewards)
     length = np.linalg.norm(exact)
-    # Every action in every state, weighted by how likely that pair is to be drawn
-    every_state = np.repeat(states, 4, axis=0)  # (32, 3)
-    every_action = np.tile(np.eye(4), (8, 1))  # (32, 4)
-    weighted = weighted_ce_gradient(policy, every_state, every_action, np.ravel(q * rewards) / 8)
-    final = {"weighted_error": float(np.linalg.norm(weighted - exact) / length)}
-    history = {"samples": [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000], "error": []}
-    with tf.summary.create_file_writer(str(run.folder / "identity")).as_default():
-        for n in history["samples"]:
-            misses = [monte_carlo_gradient(policy, states, rewards, n) - exact for _ in range(30)]
-            error = float(np.linalg.norm(misses) / np.sqrt(30) / length)  # root mean square of 30
-            history["error"].append(error)
-            tf.summary.scalar("error", error, step=n)
-    final["sampled_error"] = error
-    final["slope"] = float(np.polyfit(np.log(history["samples"]), np.log(history["error"]), 1)[0])
-    print(f"every action, weighted: off by {final['weighted_error']:.0e}")  # the table rounds to 0
-    seconds = time.perf_counter() - start
-    run.results["arms"]["identity"] = {"history": history, "final": final, "seconds": seconds}
+    # All pairs of a state and an action, and the probability that each is drawn
+    s = np.repeat(states, 4, axis=0)  # (32, 3)
+    a = np.tile(np.eye(4), (8, 1))  # (32, 4), one-hot
+    r = np.ravel(rewards)  # (32,)
+    p = np.ravel(q) / 8
+    weighted_error = np.linalg.norm(weighted_ce_gradient(policy, s, a, p * r) - exact) / length
+    train_writer = tf.summary.create_file_writer(str(run.folder / "identity"))
+    samples = [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000]
+    errors = []
+    for n in samples:
+        misses = []
+        for _ in range(30):
+            i = np.random.choice(32, n, p=p)
+            misses.append(weighted_ce_gradient(policy, s[i], a[i], r[i] / n) - exact)
+        errors.append(float(np.linalg.norm(misses) / np.sqrt(30) / length))  # root mean square
+        print(f"identity, {n} samples: relative error {errors[-1]:.4f}")
+        run.record("identity", len(errors), {"samples": n, "error": errors[-1]})
+        with train_writer.as_default(step=n):
+            tf.summary.scalar("error", errors[-1])
+    slope = np.polyfit(np.log(samples), np.log(errors), 1)[0]
+    numbers = {"weighted_error": float(weighted_error), "sampled_error": errors[-1]}
+    run.conclude("identity", numbers | {"slope": float(slope)})
 
 
-# --- Environment ---
-# Two games with two actions each: CartPole is learned in a minute, the article's Pong in days.
-def preprocess(frames):
-    """Return what moved between two frames (2, 210, 160, 3), uint8, as (6400,): -1, 0 or 1."""
-    courts = frames[:, 34:194:2, ::2, 0]  # (2, 80, 80); the red channel tells all colours apart
-    courts = np.float32((courts != 144) & (courts != 109))  # the ground, in play and before: 0
-    return np.ravel(courts[1] - courts[0])
-
-
-def make_env(game):
-    """Return CartPole, or Pong with actions 0 (up), 1 (down) and differences of frames (6400,)."""
-    if game == "CartPole-v1":  # as in the other scripts: the physics of v1, at most 200 steps
-        return gymnasium.make(game, max_episode_steps=200, render_mode="rgb_array")
-    env = gymnasium.make(game, render_mode="rgb_array")
-    two_actions = gymnasium.spaces.Discrete(2)
-    # In Pong the action 2 is up, and 3 is down.
-    env = gymnasium.wrappers.TransformAction(env, lambda action: action + 2, two_actions)
-    env = gymnasium.wrappers.FrameStackObservation(env, 2)  # after a reset the same frame twice
-    differences = gymnasium.spaces.Box(-1, 1, (80 * 80,))
-    return gymnasium.wrappers.TransformObservation(env, preprocess, differences)
-
-
-# --- Model ---
-# The networks are compiled with Keras's own cross-entropy; the weights come with each batch.
-def build_cartpole_model():
-    """Return the policy 4-30-30-2 of reinforce_cartpole.py: states (batch, 4) to (batch, 2)."""
-    inputs = keras.Input((4,))
-    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(inputs)
-    x = keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal")(x)
-    network = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
-    network.compile(keras.optimizers.Adam(), "categorical_crossentropy")
+# %% Model
+# The network is the policy: its softmax says how likely each action is.
+def build_model():
+    """Return the network 4-30-30-2: states (batch, 4) to action probabilities (batch, 2)."""
+    network = keras.Sequential([keras.Input((state_size,))])
+    network.add(keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal"))
+    network.add(keras.layers.Dense(30, activation="relu", kernel_initializer="he_normal"))
+    network.add(keras.layers.Dense(num_actions, activation="softmax"))
+    # On a GPU Keras would by default compile anew for each length of an episode.
+    network.compile(keras.optimizers.Adam(), "categorical_crossentropy", jit_compile=False)
     return network
 
 
-def build_pong_model():
-    """Return a policy 6400-200-2 like Karpathy's; RMSprop steps once in ten games."""
-    inputs = keras.Input((80 * 80,))
-    x = keras.layers.Dense(200, activation="relu", kernel_initializer="he_normal")(inputs)
-    network = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
-    rmsprop = keras.optimizers.RMSprop(1e-4, rho=0.99, gradient_accumulation_steps=BATCH_SIZE)
-    network.compile(rmsprop, "categorical_crossentropy")
-    return network
+def get_action(predict, state):
+    """Draw an action for a state (4,) with the probabilities of the policy."""
+    softmax_out = predict(tf.constant(state[np.newaxis])).numpy()[0]
+    # np.random.choice(num_actions, p=softmax_out) draws the same, but takes a sixth of a step.
+    selected_action = int(np.random.random() >= softmax_out[0])
+    return selected_action
 
 
-def compile_policy(network):
-    """Return the function state (n,) -> action probabilities, compiled for one state at a time."""
-    policy = tf.function(lambda state: network(state[tf.newaxis])[0], jit_compile=True)
-    return policy.get_concrete_function(tf.TensorSpec(network.input_shape[1:]))
-
-
-# --- Training ---
-# An episode at a time: play it, weight its actions by what followed them, call train_on_batch.
-def collect_episode(env, policy, max_steps):
-    """Play an episode; return its states (length, n), actions (length,) and rewards (length,)."""
-    states, actions, rewards = [], [], []
-    state, _ = env.reset()
-    ended = False
-    while not ended:
-        softmax_out = policy(tf.constant(state)).numpy()
-        action = int(np.random.random() >= softmax_out[0])  # a draw, as in reinforce_cartpole.py
-        states.append(state)
-        actions.append(action)
-        state, reward, terminated, truncated, _ = env.step(action)
-        rewards.append(reward)
-        ended = terminated or truncated or len(rewards) == max_steps
-    return np.array(states), np.array(actions), np.array(rewards)
-
-
-def discounted_returns(rewards, gamma, pong):
-    """Return G_t = r_t + gamma r_(t+1) + gamma^2 r_(t+2) + ... of the rewards (length,).
-
-    Each point of Pong, a reward of 1 or -1, ends a rally: no return counts what comes after it.
-    """
-    returns = np.zeros(len(rewards))
-    reward_sum = 0.0
-    for t in reversed(range(len(rewards))):
-        if pong and rewards[t] != 0:
-            reward_sum = 0.0
-        reward_sum = rewards[t] + gamma * reward_sum
-        returns[t] = reward_sum
-    return returns
-
-
-def standardise(returns):
-    """Return (returns - mean) / standard deviation, shape (length,); zeros where all are equal."""
-    return (returns - np.mean(returns)) / max(np.std(returns), 1e-8)
-
-
-def take_over(log, episodes):
-    """Let the log go on after the first `episodes` episodes of an interrupted training."""
-    log.record = log.arm["runs"][0]
-    log.arm["runs"] = [log.record]  # without the new one that `log` has begun
-    log.arm["history"] = log.record["history"]
-    for values in log.record["history"].values():
-        del values[episodes:]  # these were not saved, and are played again
-    log.episodes = episodes
-    log.start -= log.record["seconds"]
-
-
-def save_agent(network, run):
-    """Write results.json first, then the network, so that no saved episode is missing there."""
-    run.write()
-    temporary = run.folder / "agent.tmp.keras"
-    network.save(temporary)
-    os.replace(temporary, run.folder / "agent.keras")
+# %% Training
+# An episode is played to its end, because only then its returns are known; then the network learns.
+def update_network(network, rewards, states, actions):
+    """Take a gradient step on the cross-entropy, weighted with the returns; return that loss."""
+    reward_sum = 0
+    discounted_rewards = []
+    for reward in reversed(rewards):
+        reward_sum = reward + GAMMA * reward_sum
+        discounted_rewards.append(reward_sum)
+    discounted_rewards = np.array(discounted_rewards[::-1])
+    advantages = discounted_rewards - np.mean(discounted_rewards)
+    advantages /= max(np.std(discounted_rewards), 1e-8)  # zeros if all are equal
+    states = np.vstack(states)
+    one_hot = np.eye(num_actions)[actions]
+    network.reset_metrics()  # or older versions of Keras return the mean loss of all calls
+    return float(network.train_on_batch(states, one_hot, sample_weight=advantages))
 
 
 def train_agent(seed, run):
-    """Train an agent; record its episodes and final numbers; save the first seed's network."""
-    args = run.args
-    pong = args.env == "ALE/Pong-v5"
+    """Train one agent; record its episodes and final numbers; save the first seed's network."""
     keras.utils.set_random_seed(seed)
-    env = make_env(args.env)
-    network = build_pong_model() if pong else build_cartpole_model()
-    if args.resume and (run.folder / "agent.keras").exists():
-        network = keras.models.load_model(run.folder / "agent.keras")
-    log = EpisodeLog(run, "agent", seed)
-    if args.resume:
-        # variables[0] counts the calls of train_on_batch, `iterations` only every tenth in Pong
-        take_over(log, int(network.optimizer.variables[0]))
-    policy = compile_policy(network)
-    steps = sum(log.record["history"].get("steps", []))
-    max_steps = args.max_steps or np.inf
-    env.reset(seed=seed + log.episodes)
-    while log.episodes < args.epochs and steps < max_steps:
-        states, actions, rewards = collect_episode(env, policy, max_steps - steps)
-        advantages = standardise(discounted_returns(rewards, GAMMA[args.env], pong))
-        targets = np.eye(2)[actions]  # one-hot
-        network.reset_metrics()  # or older versions of Keras return the mean loss of all calls
-        loss = network.train_on_batch(states, targets, sample_weight=advantages)
+    env = gymnasium.make("CartPole-v1", max_episode_steps=200, render_mode="rgb_array")
+    network = build_model()
+    # One fixed shape of states takes a third less time.
+    predict = tf.function(network, jit_compile=True).get_concrete_function(tf.TensorSpec((1, 4)))
+    train_writer = start_training(run, "agent", seed)
+    env.reset(seed=seed)
+    steps = 0
+    num_episodes = run.args.epochs
+    for episode in range(1, num_episodes + 1):
+        state, _ = env.reset()
+        rewards = []
+        states = []
+        actions = []
+        done = False
+        while not done:
+            action = get_action(predict, state)
+            new_state, reward, terminated, truncated, _ = env.step(action)
+            states.append(state)
+            rewards.append(reward)
+            actions.append(action)
+            state = new_state
+            done = terminated or truncated
+        loss = update_network(network, rewards, states, actions)
+        tot_reward = sum(rewards)
+        run.record("agent", episode, {"reward": tot_reward, "avg loss": loss})
+        with train_writer.as_default(step=episode):
+            tf.summary.scalar("reward", tot_reward)
+            tf.summary.scalar("avg loss", loss)
+        if episode % max(1, num_episodes // 20) == 0:
+            print(f"Episode: {episode}, Reward: {tot_reward}, avg loss: {loss:.5f}")
         steps += len(rewards)
-        log.add({"reward": [sum(rewards)], "avg loss": [float(loss)], "steps": [len(rewards)]})
-        if log.episodes % BATCH_SIZE == 0 and seed == args.seed:
-            save_agent(network, run)
-    if seed == args.seed:
-        save_agent(network, run)
-
-    def best_action(state):
-        return np.argmax(policy(tf.constant(state)))
-
-    env.reset(seed=seed)  # so the greedy games are the same after an interruption
-    log.finish(evaluate(env, best_action, log, network))
-    if args.gif and seed == args.seed:
-        save_gif(env, best_action, run.folder / "agent.gif")
+        if run.args.max_steps and steps >= run.args.max_steps:
+            break
+    rewards = run.records["agent"]["history"]["reward"]
+    greedy_reward = statistics.mean(len(play(env, predict)) for _ in range(10))
+    final = {"reward": statistics.mean(rewards[-100:]), "greedy_reward": greedy_reward}
+    run.conclude("agent", final)
+    if seed == run.args.seed:
+        network.save(run.folder / "agent.keras")
+        if run.args.gif:
+            save_gif(env, predict, run.folder / "agent.gif")
 
 
-def evaluate(env, policy, log, network):
-    """Play ten greedy episodes; return the final numbers of a training."""
-    history = log.record["history"]
-    return {
-        "reward": statistics.mean(history["reward"][-100:]),
-        "greedy_reward": statistics.mean(play(env, policy) for _ in range(10)),
-        "parameters": network.count_params(),
-        "steps_per_second": sum(history["steps"]) / log.record["seconds"],
-    }
-
-
-# --- Figures ---
-# One figure for each arm; the article has none.
+# %% Figures
+# How the error of the sampled gradient falls; the article has no figure.
 def plot_identity(run):
     """Draw the error of the sampled gradient by the number of samples."""
     record = run.results["arms"]["identity"]
-    samples, errors = np.array(record["history"]["samples"]), np.array(record["history"]["error"])
+    samples = np.array(record["history"]["samples"])
+    errors = record["history"]["error"]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.loglog(samples, errors, "o", label=f"measured: N^{record['final']['slope']:.3f}")
     axes.loglog(samples, errors[0] * (samples[0] / samples) ** 0.5, label="theory: N^-0.5")
@@ -290,69 +220,49 @@ def plot_identity(run):
     figure.savefig(run.folder / "identity.png")
 
 
-def plot_agent(run):
-    """Draw the rewards of the agent by episode."""
-    figure, axes = plot_episodes({"agent": run.results["arms"]["agent"]}, "reward")
-    axes.set_title(f"The agent on {run.args.env}")
-    figure.savefig(run.folder / "agent.png")
-
-
-# --- Command line ---
+# %% Command line
 def main(argv=None):
     """Run the script with the flags `argv`; return the final numbers of each arm."""
     parser = make_parser("--epochs", "--episodes", default=1500)
     add = parser.add_argument
     add("--max-steps", type=int, help="end a training after this many environment steps")
-    add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
-    add("--env", choices=GAMMA, default="CartPole-v1", help="what the agent plays")
     add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="parts to run")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
-    args, results = read_run(parser, argv)
-    if args.resume and args.runs > 1:
-        parser.error("argument --resume: only a run with --runs 1 can go on")
-    with Run(args, args.env, results=results) as run:
-        if "identity" in args.arms and "identity" not in run.results["arms"]:
-            show_identity(run)
-            plot_identity(run)
-        if "agent" in args.arms:
-            for seed in range(args.seed, args.seed + args.runs):
-                train_agent(seed, run)
-            plot_agent(run)
-        return run.report()
+    args = parse_flags(parser, argv)
+    if args.gif and not importlib.util.find_spec("pygame"):
+        parser.error("argument --gif: pygame is missing; pip install pygame")
+    run = Run(args, "CartPole-v1")
+    if "identity" in args.arms:
+        show_identity(run)
+        plot_identity(run)
+    if "agent" in args.arms:
+        for seed in range(args.seed, args.seed + args.runs):
+            train_agent(seed, run)
+        compare_rewards(run, "The agent on CartPole")
+    return run.report()
 
 
-# --- Frame: flags, faults, folder and results; the same text in every script ---
-def make_parser(*names, default, several=False):
+# %% Frame: flags, run folder and results; the same text in every script
+def make_parser(*names, default, devices=("auto", "cpu", "gpu")):
     """Return a parser with the flags of every script; `names` are the names of the first flag."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    lines = str(__doc__).splitlines()
+    parser = argparse.ArgumentParser(description=lines[0], allow_abbrev=False)
+    parser.epilog = "; ".join(line.split("#")[0].strip() for line in lines if "   python" in line)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    device = functools.partial(select_device, several=several)
     add = parser.add_argument
     add(*names, type=int, default=default, help=f"{names[-1][2:]} of each training")
-    add("--device", type=device, default="auto", help="auto, cpu, gpu, gpu:N; all only for fit")
-    add("--logdir", default="log", help="each run makes a folder of its own in this one")
+    add("--device", choices=devices, default="auto", help="auto is a GPU where there is one")
+    add("--logdir", type=os.path.expanduser, default="log", help="each run makes a folder in it")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     return parser
 
 
-def select_device(name, several):
-    """Let TensorFlow see only the GPUs that --device names; return the name."""
-    gpus = tf.config.list_physical_devices("GPU")
-    choices = {"auto": gpus[:1], "cpu": []} | ({"all": gpus} if several else {})
-    choices |= {f"gpu:{number}": [gpu] for number, gpu in enumerate(gpus)}
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    try:
-        tf.config.set_visible_devices(choices["gpu:0" if name == "gpu" else name], "GPU")
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{name} is not here; use {', '.join(choices)}") from None
-    except RuntimeError:  # TensorFlow has already started in this process
-        raise argparse.ArgumentTypeError(f"too late for {name}; restart Python first") from None
-    return name
-
-
 def parse_flags(parser, argv):
     """Return the flags `argv`; None means those of the command line, or no flags in a notebook."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - pythonw has none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(line_buffering=True)
     if argv is None and sys.argv[0].endswith(("kernel_launcher.py", "ipykernel/__main__.py")):
         argv = []
     try:
@@ -360,179 +270,151 @@ def parse_flags(parser, argv):
     except SystemExit as end:
         raise SystemExit(end.code) from None  # Colab's IPython cannot show an error within an error
     for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small")
-    if "://" in args.logdir:
-        parser.error(f"argument --logdir: {args.logdir} is not a folder on this computer")
+        least = 1 if type(value) is int and name != "seed" else 0
+        if value == "" or (type(value) in (int, float) and not least <= value < 2**32):
+            parser.error(f"argument --{name.replace('_', '-')}: {value!r} is not allowed")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
+    if args.device == "gpu" and not gpus:
+        parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError:  # TensorFlow has already started in this process
+        parser.error(f"argument --device: too late for {args.device}; restart Python first")
     return args
 
 
 class Run:
-    """One run: its flags in `args`, its `folder`, and the `results` that results.json keeps."""
+    """A run, new or going on with an `earlier` one: its flags, folder and results.json."""
 
-    def __init__(self, args, data, results=None):
-        """Make the folder of a new run on `data`, or go on with the `results` of --resume."""
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-            sys.stdout.reconfigure(line_buffering=True)
+    def __init__(self, args, data, earlier=None):
         name = time.strftime("%Y%m%d-%H%M%S") + "-synthetic" * (data == "synthetic")
-        self.args, self.folder = args, pathlib.Path(args.logdir).expanduser() / SCRIPT / name
+        self.args = args
+        self.folder = pathlib.Path(args.logdir, SCRIPT, name)
         while self.folder.exists():  # two runs may start in one second
             self.folder = self.folder.with_name(f"{self.folder.name}-2")
-        self.results = {"script": SCRIPT, "config": vars(args), "data": data, "arms": {}}
-        if results:
-            self.folder, self.results["arms"] = pathlib.Path(args.resume), results["arms"]
+        if earlier:
+            self.folder = pathlib.Path(args.resume)
+        self.events = self.folder / f"resumed-{name}" if earlier else self.folder  # TensorBoard's
+        device = ", ".join(gpu.name for gpu in tf.config.get_visible_devices("GPU")) or "CPU"
+        self.results = {"script": SCRIPT, "config": vars(args), "device": device, "data": data}
         self.results["versions"] = {module.__name__: module.__version__ for module in MODULES}
-        gpus = [gpu.name for gpu in tf.config.get_visible_devices("GPU")]
-        self.results["device"] = ", ".join(gpus) or "CPU"
         self.results["article"] = {} if data == "synthetic" else ARTICLE
-        self.results["complete"] = False
-        with self:  # its end writes results.json
-            self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{SCRIPT} on {data}, device {self.results['device']}, writes to {self.folder}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        """Keep what was computed; end with one line after Ctrl-C or a fault of disk or network."""
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = None  # its reader is gone, and Python would flush it at the end
-        if isinstance(error, OSError) or kind is Exception:  # from Keras, if a download fails
-            raise SystemExit(f"error: {kind.__name__}: {error}") from None
-        if kind is not SystemExit:
-            self.write()
-        # NumPy may turn Ctrl-C into a SystemError; KeyboardInterrupt is then its cause.
-        if KeyboardInterrupt in (kind, type(getattr(error, "__cause__", None))):
-            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            raise SystemExit(130) from None
-
-    def write(self):
-        """Write results.json beside the old one and rename it, so that it is never half written."""
-        try:
-            text = json.dumps(self.results, indent=1, allow_nan=False)
-        except ValueError:
-            raise SystemExit("error: a number is not finite; try another --seed") from None
-        (self.folder / "results.json.tmp").write_text(text)
-        os.replace(self.folder / "results.json.tmp", self.folder / "results.json")
-
-    def report(self):
-        """Print the results beside the article's and how to go on; return the final numbers."""
-        self.results["complete"] = True
+        self.results["arms"] = earlier["arms"] if earlier else {}
+        self.records = self.results["arms"]  # {arm: what record() and conclude() fill}
+        self.clock = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
+        print(f"{SCRIPT} on {data}, device {device}, writes to {self.folder.as_posix()}")
+
+    def record(self, arm, epoch, metrics):
+        """Keep the metrics of an epoch, counted from 1; a repeated one replaces its record."""
+        record = self.records.setdefault(arm, {"history": {}, "final": {}, "seconds": 0.0})
+        for metric, value in metrics.items():
+            record["history"].setdefault(metric, [])[epoch - 1 :] = [value]
+        record["seconds"] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        if self.clock > self.written + 1:
+            self.write()
+
+    def conclude(self, arm, numbers):
+        """Keep final numbers of an arm."""
+        self.records[arm]["final"].update(numbers)
+        self.write()
+
+    def write(self, complete=False):
+        """Write results.json beside the old one and rename it, so that it is never half written."""
+        text = json.dumps(self.results | {"complete": complete}, indent=1)
+        (self.folder / "results.tmp").write_text(text)
+        os.replace(self.folder / "results.tmp", self.folder / "results.json")
+        self.written = time.perf_counter()
+
+    def report(self, *lines):
+        """Print the final numbers, the figures, and lines to paste; return the final numbers."""
+        self.write(complete=True)
         print(f"\n{'arm':<16}{'metric':<34}{'here':>14}{'article':>14}")
         for arm, record in self.results["arms"].items():
             article = self.results["article"].get(arm, {})
             for metric, value in record["final"].items():
-                print(f"{arm:<16}{metric:<34}{round(value, 4):>14,}{article.get(metric, '-'):>14}")
-        for path in sorted(self.folder.glob("*.*")):
-            print(f'model = keras.models.load_model("{path}")' if ".keras" in path.name else path)
-        print(f'tensorboard --logdir "{self.folder}"')
+                form = "," if isinstance(value, int) else ",.4g"
+                here = "never" if value is None else format(value, form)
+                print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), "", sep="\n")
+        name = keras.__name__
+        for path in sorted(self.folder.glob("*.keras")):
+            print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')
+        print(*lines, f'tensorboard --logdir "{self.folder.as_posix()}"', sep="\n")
         return {arm: record["final"] for arm, record in self.results["arms"].items()}
 
 
-# --- Frame, resume: the same text in every script that can go on after an interruption ---
-def read_run(parser, argv):
-    """Return the flags, and the results of the run that --resume names (else None).
-
-    The flags are those of that run. Only --epochs, --max-steps and --device may change.
-    """
-    args = parse_flags(parser, argv)
-    if args.resume is None:
-        return args, None
-    try:
-        results = json.loads(pathlib.Path(args.resume, "results.json").read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --resume: {error}")
-    if results["script"] != SCRIPT:
-        parser.error(f"argument --resume: {args.resume} is a run of {results['script']}.py")
-    parser.set_defaults(**results["config"])
-    args = parse_flags(parser, argv)
-    for name in results["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
-        if getattr(args, name) != results["config"][name]:
-            parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
-    return args, results
+# %% Frame, episodes: the same text in every CartPole script
+def start_training(run, arm, seed):
+    """Let `run` record a new training of an arm; return a writer for TensorBoard."""
+    print(f"\n{arm}, seed {seed}")
+    training = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
+    record = run.results["arms"].setdefault(arm, {"runs": [], "final": {}, "spread": {}})
+    record["runs"].append(training)
+    run.records = {arm: training}
+    return tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
 
 
-# --- Frame, episodes: the same text in every CartPole script ---
-class EpisodeLog:
-    """Keeps the episodes of one training, in results.json, in TensorBoard and on the screen."""
-
-    def __init__(self, run, arm, seed):
-        self.run, self.name, self.episodes = run, f"{arm}, seed {seed}", 0
-        self.record = {"seed": seed, "history": {}, "final": {}, "seconds": 0.0}
-        new = {"history": self.record["history"], "final": {}, "seconds": 0.0, "runs": []}
-        self.arm = run.results["arms"].setdefault(arm, new)
-        self.arm["runs"].append(self.record)
-        self.writer = tf.summary.create_file_writer(str(run.folder / arm / f"seed_{seed}"))
-        self.start = time.perf_counter()
-
-    def add(self, values, note=""):
-        """Record an episode, {tag: list of numbers}: the mean of each list, None if it is empty."""
-        self.episodes += 1
-        means = {tag: statistics.mean(v) if v else None for tag, v in values.items()}
-        with self.writer.as_default(step=self.episodes):
-            for tag, mean in means.items():
-                self.record["history"].setdefault(tag, []).append(mean)
-                if mean is not None:
-                    tf.summary.scalar(tag, mean)
-        self.record["seconds"] = time.perf_counter() - self.start
-        if self.episodes % max(1, self.run.args.epochs // 20) == 0:
-            line = ", ".join(f"{tag} {mean:.4g}" for tag, mean in means.items() if values[tag])
-            print(f"{self.name}, episode {self.episodes}: {line}{note}")
-            self.run.write()
-
-    def finish(self, final):
-        """Record the final numbers of this training; the arm's are the means over its runs."""
-        self.record["final"] = final
-        self.arm["seconds"] = sum(run["seconds"] for run in self.arm["runs"])
-        for metric in final:
-            values = [run["final"][metric] for run in self.arm["runs"]]
-            self.arm["final"][metric] = statistics.mean(values)
-            if len(values) > 1:
-                self.arm.setdefault("spread", {})[metric] = statistics.stdev(values)
-        self.run.write()
-
-
-def play(env, policy):
-    """Play an episode with policy(state) -> action; return the sum of its rewards."""
+def play(env, predict):
+    """Play an episode, always with the action of the largest output; return its states (n, 4)."""
+    states = []
     state, _ = env.reset()
-    total = 0.0
-    while True:
-        state, reward, terminated, truncated, _ = env.step(policy(state))
-        total += reward
-        if terminated or truncated:
-            return total
+    done = False
+    while not done:
+        states.append(state)
+        action = int(np.argmax(predict(tf.constant(state[np.newaxis]))))
+        state, _, terminated, truncated, _ = env.step(action)
+        done = terminated or truncated
+    return np.array(states)
 
 
-def save_gif(env, policy, path):
+def save_gif(env, predict, path):
     """Play an episode and save it as an animation."""
+    print(f"{path.name}: an episode is drawn ...")
     env = gymnasium.wrappers.RenderCollection(env)
-    play(env, policy)
+    play(env, predict)
     first, *others = [keras.utils.array_to_img(picture) for picture in env.render()]
     first.save(path, save_all=True, append_images=others, duration=20, loop=0)
 
 
 def moving_average(values):
-    """Return the mean of each value and up to 19 before it; NaN where one of them is None."""
-    values = np.array(values, "float64")
-    return np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
+    """Return the mean of each value and up to 19 before it."""
+    return [float(np.mean(values[max(0, i - 19) : i + 1])) for i in range(len(values))]
 
 
-def plot_episodes(arms, metric):
-    """Draw a metric by episode, each arm's mean and spread over runs; return figure and axes."""
+def compare_rewards(run, title):
+    """Average the final numbers of each arm over its trainings; draw its reward by episode."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, record in arms.items():
-        histories = [training["history"][metric] for training in record["runs"]]
+    agents = {arm: record for arm, record in run.results["arms"].items() if "runs" in record}
+    for arm, record in agents.items():
+        for metric in record["runs"][0]["final"]:
+            values = [training["final"][metric] for training in record["runs"]]
+            if None not in values:
+                record["final"][metric] = statistics.mean(values)
+                record["spread"][metric] = statistics.stdev(values) if len(values) > 1 else 0.0
+            elif set(values) == {None}:  # as in each of them; of a few no mean is made
+                record["final"][metric] = None
+        histories = [training["history"]["reward"] for training in record["runs"]]
         length = min(len(history) for history in histories)
         averages = np.array([moving_average(history[:length]) for history in histories])
-        mean, spread = averages.mean(axis=0), averages.std(axis=0)  # (length,)
         episodes = range(1, length + 1)
-        axes.plot(episodes, mean, label=arm)
-        axes.fill_between(episodes, mean - spread, mean + spread, alpha=0.2)
-    axes.set(xlabel="episode", ylabel=f"{metric} (mean of 20 episodes)")
-    axes.legend()
-    return figure, axes
+        (line,) = axes.plot(episodes, averages.mean(axis=0), label=f"{arm}, {len(histories)} runs")
+        axes.plot(episodes, averages.T, color=line.get_color(), alpha=0.2)
+    axes.set(title=title, xlabel="episode", ylabel="reward (mean of 20 episodes)")
+    axes.legend(title="mean, and each run")
+    figure.savefig(run.folder / "reward.png")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error) is Exception:  # Keras, if a download fails
+            raise SystemExit(f"error: {type(error).__name__}: {error}") from None
+        raise

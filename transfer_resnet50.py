@@ -17,8 +17,7 @@ Differences from the article:
 2. The test images, which the article never uses, are evaluated once, at the end.
 3. Images are decoded once, and rounded to whole numbers from 0 to 255, which the networks take.
 4. All training images are shuffled together, not within a window of 1,000.
-5. ResNet50 gets pixels as in its own training: blue, green, red, minus the mean colour of ImageNet.
-   The article gives it red, green, blue from 0 to 1.
+5. ResNet50 gets pixels as in its own training: BGR minus ImageNet's mean, not RGB from 0 to 1.
 6. ResNet50, which is frozen, sees each image once, not in each epoch (--no-cache-features).
 """
 
@@ -36,9 +35,9 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-# Colab's tensorflow-metadata 1.21 refuses its protobuf 5.29; this can go when that is 6.31.
+# Colab's tensorflow-metadata 1.21 refuses its protobuf 5.29. This line can go once it has 6.31.
 os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
-if sys.version_info >= (3, 11):  # can go when TFDS installs what it imports (its issue 11212)
+if sys.version_info >= (3, 11):  # until TFDS itself installs importlib_resources (issue 11212)
     import importlib.resources.abc
 
     sys.modules.setdefault("importlib_resources", importlib.resources)
@@ -97,7 +96,7 @@ def plot_samples(run, cat_train):
     figure, axes = plt.subplots(1, 2)
     for axis, (image, label) in zip(axes, cat_train.take(2)):
         axis.imshow(image)
-        axis.set_title(f"{run.results['data']}: {'dog' if label else 'cat'}")
+        axis.set(title="dog" if label else "cat", xlabel=run.results["data"])
     figure.savefig(run.folder / "samples.png")
 
 
@@ -111,36 +110,31 @@ def pre_process_image(image, label):
 # The small network learns all its weights from these photographs, the other one only 2,049.
 def build_standard_model():
     """Return the small network, compiled. It turns pixels into the probability of a dog."""
-    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))])
-    head.add(layers.Rescaling(1 / 255))
+    head = keras.Sequential([keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3)), layers.Rescaling(1 / 255)])
     for filters in (32, 32, 64):  # to (49, 49, 32), (23, 23, 32), (10, 10, 64)
         head.add(layers.Conv2D(filters, (3, 3)))
         head.add(layers.BatchNormalization())
         head.add(layers.Activation("relu"))
         head.add(layers.MaxPooling2D((2, 2)))
-
     average_pool = keras.Sequential()
     average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64)
     average_pool.add(layers.Flatten())  # (1600,)
     average_pool.add(layers.Dense(1, activation="sigmoid"))
-
     standard_model = keras.Sequential([head, average_pool])
     standard_model.compile(optimizer="adam", loss="binary_crossentropy", metrics=["accuracy"])
     return standard_model
 
 
 def build_tl_model(weights):
-    """Return ResNet50, frozen and with a new end, compiled. It takes and gives the same."""
+    """Return ResNet50, frozen and with a new end, compiled. It does the same."""
     IMG_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
     inputs = resnet50.preprocess_input(keras.Input(IMG_SHAPE))
     weights = None if weights == "none" else weights
     try:
         res_net = resnet50.ResNet50(weights=weights, include_top=False, input_tensor=inputs)
     except Exception as error:  # a plain one after a failed download, others for a wrong file
-        advice = "use --weights FILE, or --arms cnn"
-        raise SystemExit(f"error: no weights for ResNet50: {error}; {advice}") from None
+        raise SystemExit(f"error: no weights: {error}; use --weights FILE or --arms cnn") from None
     res_net.trainable = False
-
     global_average_layer = layers.GlobalAveragePooling2D()
     output_layer = layers.Dense(1, activation="sigmoid")
     tl_model = keras.Sequential([res_net, global_average_layer, output_layer])
@@ -151,31 +145,31 @@ def build_tl_model(weights):
 # %% Training
 # Both networks are trained alike. As in the article, an epoch is 1.25 times all training images.
 def train_standard_model(run, sets):
-    """Train the small network, or go on after its last finished epoch; return it."""
+    """Train the small network, or go on after its last finished epoch, and evaluate it."""
     path = run.folder / "cnn.keras"  # in a new run it is not there yet
     standard_model = keras.models.load_model(path) if path.exists() else build_standard_model()
     standard_model.summary()
     fit("cnn", run, standard_model, sets, saved=standard_model)
-    return standard_model
+    accuracy = standard_model.evaluate(sets[2].batch(240), verbose=VERBOSE)[1]
+    run.conclude("cnn", {"test_accuracy": accuracy, "parameters": standard_model.count_params()})
 
 
 def train_tl_model(run, sets):
-    """Train the last layer of tl_model, or go on after its last finished epoch; return it."""
-    path = run.folder / "resnet50.keras"  # in a new run it is not there yet
+    """Train the last layer of tl_model, or go on after its last finished epoch, and evaluate it."""
+    path = run.folder / "resnet50.keras"
     tl_model = keras.models.load_model(path) if path.exists() else build_tl_model(run.args.weights)
     tl_model.summary()
-    if run.args.no_cache_features:
-        fit("resnet50", run, tl_model, sets, saved=tl_model)
-        return tl_model
-    # The frozen layers return the same features in each epoch, so they are computed once, and the
-    # last layer is trained on them. It is tl_model's layer still, and so is the optimizer.
-    res_net, global_average_layer, output_layer = tl_model.layers
-    frozen_part = keras.Sequential([res_net, global_average_layer])
-    features = [compute_features(frozen_part, dataset) for dataset in sets[:2]]
-    trained_part = keras.Sequential([keras.Input((2048,)), output_layer])
-    trained_part.compile(tl_model.optimizer, loss="binary_crossentropy", metrics=["accuracy"])
+    trained_part, features = tl_model, sets
+    if not run.args.no_cache_features:
+        # Frozen layers return the same features in each epoch, so they are computed once. The last
+        # layer is trained on them. It is still a layer of tl_model, with tl_model's optimizer.
+        frozen_part = keras.Sequential(tl_model.layers[:-1])
+        features = [compute_features(frozen_part, dataset) for dataset in sets[:2]]
+        trained_part = keras.Sequential([keras.Input((2048,)), tl_model.layers[-1]])
+        trained_part.compile(tl_model.optimizer, loss="binary_crossentropy", metrics=["accuracy"])
     fit("resnet50", run, trained_part, features, saved=tl_model)
-    return tl_model
+    accuracy = tl_model.evaluate(sets[2].batch(240), verbose=VERBOSE)[1]
+    run.conclude("resnet50", {"test_accuracy": accuracy, "parameters": tl_model.count_params()})
 
 
 def compute_features(frozen_part, dataset):
@@ -185,10 +179,11 @@ def compute_features(frozen_part, dataset):
     return tf.data.Dataset.from_tensor_slices((features, labels))
 
 
-def fit(arm, run, model, cat_train, cat_valid, saved):
+def fit(arm, run, model, sets, saved):
     """Fit a model as the article does, up to epoch --epochs; after each, save the model `saved`."""
     args = run.args
     steps = int(model.optimizer.iterations.numpy())
+    cat_train, cat_valid = sets[:2]
     cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
     cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
     tensor_board = keras.callbacks.TensorBoard(run.events / arm, update_freq="batch")
@@ -229,12 +224,11 @@ def main(argv=None):
     add("--synthetic", action="store_true", help="use small made-up data: nothing is downloaded")
     add("--resume", type=os.path.expanduser, metavar="RUN_DIR", help="go on with this run")
     add("--batch-size", type=int, default=TRAIN_BATCH_SIZE, help="images per batch")
-    add("--weights", type=os.path.expanduser, help="of ResNet50: imagenet, none (random) or a file")
+    add("--weights", type=os.path.expanduser, help="imagenet (none if --synthetic), none or a file")
     add("--no-cache-features", action="store_true", help="run ResNet50 again in each epoch")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="networks to train")
     args, earlier = read_run(parser, argv)
-    if args.weights is None:
-        args.weights = "none" if args.synthetic else "imagenet"
+    args.weights = args.weights or ("none" if args.synthetic else "imagenet")
     if args.weights not in ("none", "imagenet") and not os.path.exists(args.weights):
         parser.error(f"argument --weights: there is no file {args.weights}")
     if args.arms[0] == "resnet50" and not earlier:
@@ -248,9 +242,7 @@ def main(argv=None):
     for arm in args.arms:
         keras.utils.set_random_seed(args.seed)
         train = train_standard_model if arm == "cnn" else train_tl_model
-        model = train(run, sets)
-        test_accuracy = model.evaluate(sets[2].batch(240), verbose=VERBOSE)[1]
-        run.conclude(arm, {"test_accuracy": test_accuracy, "parameters": model.count_params()})
+        train(run, sets)
     plot(run)
     return run.report()
 
@@ -351,8 +343,7 @@ class Run:
                 form = "," if isinstance(value, int) else ",.4g"
                 here = "never" if value is None else format(value, form)
                 print(f"{arm:<16}{metric:<34}{here:>14}{article.get(metric, '-'):>14}")
-        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), sep="\n")
-        print()
+        print(*sorted(path.as_posix() for path in self.folder.glob("*.[gp]*")), "", sep="\n")
         name = keras.__name__
         for path in sorted(self.folder.glob("*.keras")):
             print(f'import {name}; model = {name}.models.load_model("{path.as_posix()}")')

@@ -45,4 +45,4 @@ def smoke_run(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     shared = (base if worker_id == "master" else base.parent) / "smoke"
     shared.mkdir(exist_ok=True)
-    return lambda script: helpers.run_once(script, helpers.CASES[script].tiny, shared)
+    return lambda script: helpers.run_once(script, shared)

@@ -9,42 +9,42 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+LIMIT = 900  # seconds; it only ends what hangs, also on a busy machine
 
 Case = collections.namedtuple(
     "Case",
     [
-        "tiny",  # flags of a run of seconds
+        "tiny",  # flags of a run of seconds, which changes every flag
         "history",  # {arm: the names of its histories}
         "tags",  # {folder of events: {kind: tags}}
-        "figures",  # the names of the PNGs, sorted
+        "files",  # what else the run leaves in its folder, sorted
         "started",  # what the script prints, with its defaults, once training is under way
     ],
 )
-Run = collections.namedtuple("Run", "code stdout stderr folder results")
+Run = collections.namedtuple("Run", "code stdout stderr folder results figures")
 
 PHOTOGRAPHS = ["accuracy", "loss", "val_accuracy", "val_loss"]
-RESNET = ["acc", "loss", "val_acc", "val_loss"]
 EPOCHS = {"scalars": {"epoch_accuracy", "epoch_loss"}}
 EPISODES = {"scalars": {"reward", "avg loss"}}
-Q_EPISODES = {"scalars": {"reward", "avg loss", "mean q"}}
-SYNTHETIC = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "2"]
+SYNTHETIC = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "2"]
 LINES = ["constant_noise", "growing_noise"]
 ACCURACY = "sparse_categorical_accuracy"
 KERNEL = "std_of_conv2d_kernel"
 
 CASES = {
     "gap_cats_dogs": Case(
-        tiny=[*SYNTHETIC, "--batch-size", "8"],
-        history=dict.fromkeys(["fc", "fc_dropout", "gap", "avgpool"], PHOTOGRAPHS),
-        tags={"fc/train": EPOCHS, "avgpool/validation": EPOCHS},
-        figures=["accuracy.png", "loss.png", "samples.png"],
-        started="Epoch 2/7",
+        tiny=[*SYNTHETIC, "--batch-size", "8", "--arms", "fc", "gap"],
+        history=dict.fromkeys(["fc", "gap"], PHOTOGRAPHS),
+        tags={"fc/train": EPOCHS, "gap/validation": EPOCHS},
+        files=["accuracy.png", "fc.keras", "gap.keras", "loss.png", "samples.png"],
+        started="Epoch 1/7",
     ),
     "transfer_resnet50": Case(
         tiny=[*SYNTHETIC, "--batch-size", "8", "--weights", "none"],
@@ -53,59 +53,31 @@ CASES = {
             "cnn/train": {"scalars": {"epoch_accuracy", "batch_loss"}},
             "resnet50/validation": EPOCHS,
         },
-        figures=["samples.png", "training_accuracy.png", "validation_accuracy.png"],
-        started="Epoch 2/7",
-    ),
-    "dueling_q_cartpole": Case(
-        tiny=["--epochs", "25", "--delay-training", "150", "--epsilon-min-iter", "200"],
-        history=dict.fromkeys(["double", "dueling"], ["reward", "avg loss"]),
-        tags=dict.fromkeys(["double/seed_0", "dueling/seed_0"], EPISODES),
-        figures=["reward.png"],
-        started="episode 25:",
-    ),
-    "reinforce_cartpole": Case(
-        tiny=["--epochs", "12"],
-        history={"reinforce": ["reward", "avg loss"]},
-        tags={"reinforce/seed_0": EPISODES},
-        figures=["rewards.png"],
-        started="episode 75:",
-    ),
-    "dueling_q_spaceinvaders": Case(
-        tiny=[
-            *["--epochs", "1", "--max-steps", "70", "--replay-size", "50"],
-            *["--delay-training", "40", "--epsilon-min-iter", "20", "--gif-every", "1"],
+        files=[
+            *("cnn.keras", "resnet50.keras"),
+            *("samples.png", "training_accuracy.png", "validation_accuracy.png"),
         ],
-        history={"dueling": ["reward", "avg loss", "mean q"]},
-        tags={"dueling": Q_EPISODES},
-        figures=["reward.png"],
-        started="Pre-training... episode 1,",
+        started="Epoch 1/7",
     ),
-    "bayes_mle": Case(
-        tiny=["--epochs", "4", "--converge"],
-        history={"prior": ["mean", "stddev"]} | dict.fromkeys(LINES, ["loss"]),
-        tags={"prior": {"scalars": {"mean"}}} | dict.fromkeys(LINES, {"scalars": {"loss"}}),
-        figures=[f"{arm}_{kind}.png" for arm in LINES for kind in ("data", "fit")] + ["prior.png"],
-        started="constant_noise, epoch 100 of 500",
-    ),
-    "keras_pg_weighted_ce": Case(
-        tiny=["--epochs", "12"],
-        history={"identity": ["samples", "error"], "agent": ["reward", "avg loss", "steps"]},
+    "resnet_cifar10": Case(
+        tiny=[*SYNTHETIC, "--batch-size", "16", "--arms", "plain"],
+        history={"plain": ["acc", "loss", "val_acc", "val_loss"]},
         tags={
-            "identity": {"scalars": {"error"}},
-            "agent/seed_0": {"scalars": {"reward", "avg loss", "steps"}},
+            "plain/train": {"scalars": {"epoch_acc"}, "graph_keras_model": {"keras"}},
+            "plain/validation": {"scalars": {"epoch_acc"}},
         },
-        figures=["agent.png", "identity.png"],
-        started="agent, seed 0, episode 75",
+        files=["plain.keras", "training_accuracy.png", "validation_accuracy.png"],
+        started="Epoch 1/30",
     ),
     "mnist_eager_mlp": Case(
-        tiny=["--synthetic", "--epochs", "2", "--steps-per-epoch", "30"],
+        tiny=["--synthetic", "--epochs", "2", "--steps-per-epoch", "30", "--compile"],
         history={"mlp": ["loss", "accuracy"]},
         tags={"mlp": {"scalars": {"loss", "accuracy"}}, "simple_graph": {"graph": True}},
-        figures=["accuracy.png"],
-        started="Epoch: 2, loss=",  # the first imports TensorBoard, where no interrupt should fall
+        files=["accuracy.png", "mlp.npz"],
+        started="Epoch: 2,",  # the first imports TensorBoard, where no interrupt should fall
     ),
     "metrics_summaries": Case(
-        tiny=["--synthetic", "--epochs", "2", "--fit-epochs", "2", "--steps-per-epoch", "15"],
+        tiny=["--synthetic", "--epochs", "2", "--fit-epochs", "3", "--steps-per-epoch", "15"],
         history={
             "loop": ["loss", ACCURACY],
             "fit": [
@@ -118,26 +90,68 @@ CASES = {
             "fit/train": {"scalars": {f"epoch_{KERNEL}", f"batch_{KERNEL}", f"epoch_{ACCURACY}"}},
             "fit/validation": {"scalars": {"epoch_loss", f"epoch_{ACCURACY}"}},
         },
-        figures=["fit.png", "loop.png"],
-        started="Batch 10, average loss",
+        files=["fit.keras", "loop.keras"],
+        started="Batch",
     ),
-    "resnet_cifar10": Case(
-        tiny=SYNTHETIC,
-        history={"resnet": RESNET, "plain": RESNET},
-        tags={
-            "resnet": {"images": {"kernels"}},
-            "resnet/train": {"scalars": {"epoch_acc"}, "graph_keras_model": {"keras"}},
-            "plain/validation": {"scalars": {"epoch_acc"}},
-        },
-        figures=["training_accuracy.png", "validation_accuracy.png"],
-        started="Epoch 1/30",
+    "bayes_mle": Case(
+        tiny=["--epochs", "4", "--converge"],
+        history={"prior": ["mean", "stddev"]} | dict.fromkeys(LINES, ["loss"]),
+        tags={"prior": {"scalars": {"mean"}}} | dict.fromkeys(LINES, {"scalars": {"loss"}}),
+        files=sorted(
+            [f"{arm}_{kind}.png" for arm in LINES for kind in ("data", "fit")]
+            + [f"{arm}.weights.h5" for arm in LINES]
+            + ["prior.png"]
+        ),
+        started="epoch",
     ),
     "double_q_cartpole": Case(
-        tiny=["--epochs", "25", "--epsilon-decay", "0.01"],
-        history=dict.fromkeys(["dqn", "double"], ["reward", "avg loss", "mean q"]),
-        tags={"dqn/seed_0": Q_EPISODES, "double/seed_0": Q_EPISODES},
-        figures=["max_bias.png", "mean_q.png", "reward.png"],
-        started="episode 50:",
+        tiny=[
+            *["--epochs", "9", "--max-steps", "180", "--random-reward-std", "0"],
+            *["--runs", "2", "--arms", "double", "--gif"],
+        ],
+        history={"double": ["reward", "avg loss"]},
+        tags={"double/seed_3": EPISODES, "double/seed_4": EPISODES},
+        files=["double.gif", "double.keras", "reward.png"],
+        started="Episode: 50,",
+    ),
+    "dueling_q_cartpole": Case(
+        tiny=[
+            *["--epochs", "15", "--max-steps", "150", "--random-reward-std", "0"],
+            *["--epsilon-min-iter", "50", "--delay-training", "70"],
+            *["--runs", "2", "--arms", "dueling", "--gif"],
+        ],
+        history={"dueling": ["reward", "avg loss"]},
+        tags={"dueling/seed_3": EPISODES, "dueling/seed_4": EPISODES},
+        files=["dueling.gif", "dueling.keras", "reward.png"],
+        started="Episode: 25,",
+    ),
+    "reinforce_cartpole": Case(
+        tiny=["--epochs", "12", "--max-steps", "150", "--runs", "2", "--gif"],
+        history={"reinforce": ["reward", "avg loss"]},
+        tags={"reinforce/seed_3": EPISODES, "reinforce/seed_4": EPISODES},
+        files=["reinforce.gif", "reinforce.keras", "reward.png"],
+        started="Episode: ",
+    ),
+    "keras_pg_weighted_ce": Case(
+        tiny=["--epochs", "12", "--max-steps", "150", "--runs", "2", "--gif"],
+        history={"identity": ["samples", "error"], "agent": ["reward", "avg loss"]},
+        tags={
+            "identity": {"scalars": {"error"}},
+            "agent/seed_3": EPISODES,
+            "agent/seed_4": EPISODES,
+        },
+        files=["agent.gif", "agent.keras", "identity.png", "reward.png"],
+        started="Episode: ",
+    ),
+    "dueling_q_spaceinvaders": Case(
+        tiny=[
+            *["--epochs", "3", "--max-steps", "70", "--replay-size", "50"],
+            *["--delay-training", "40", "--epsilon-min-iter", "20", "--gif-every", "1"],
+        ],
+        history={"dueling": ["reward", "avg loss"]},
+        tags={"dueling": EPISODES},
+        files=["best.gif", "checkpoint.npz", "dueling.keras", "episode_1.gif", "reward.png"],
+        started="Pre-training... Episode: 1,",
     ),
 }
 
@@ -157,8 +171,30 @@ def environment(folder):
     }
 
 
-# A notebook sets the second for what it starts; no script may mind either.
-OTHER_SETTINGS = {"KERAS_BACKEND": "jax", "MPLBACKEND": "module://no_such_package.backend"}
+# Runs a script as a user does, and notes what each figure shows at the moment it is saved.
+WATCH = """
+import json, pathlib, runpy, sys
+from matplotlib.figure import Figure
+figures, savefig = {}, Figure.savefig
+def look(axes):
+    legend = axes.get_legend()
+    lines = [[str(line.get_label()), list(map(float, line.get_xdata())),
+              list(map(float, line.get_ydata()))] for line in axes.get_lines()]
+    bands = [[str(band.get_label()), [list(map(float, p)) for p in band.get_paths()[0].vertices]]
+             for band in axes.collections if band.get_paths()]
+    return {"title": axes.get_title(), "xlabel": axes.get_xlabel(), "ylabel": axes.get_ylabel(),
+            "lines": lines, "bands": bands, "images": len(axes.get_images()),
+            "legend": [text.get_text() for text in legend.get_texts()] if legend else []}
+def noted(figure, path, *args, **options):
+    figures[pathlib.Path(path).name] = [look(axes) for axes in figure.axes]
+    return savefig(figure, path, *args, **options)
+Figure.savefig, sys.argv = noted, sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    pathlib.Path("figures.json").write_text(json.dumps(figures))
+"""
 
 
 def start(arguments, folder, **variables):
@@ -180,13 +216,41 @@ def newest_results(folder):
 
 def finish(process, folder):
     """Wait for a process; return its Run, with the newest results.json under folder/log."""
-    stdout, stderr = process.communicate(timeout=300)
-    return Run(process.returncode, stdout, stderr, *newest_results(folder))
+    try:
+        stdout, stderr = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    noted = folder / "figures.json"
+    figures = json.loads(noted.read_text()) if noted.exists() else {}
+    return Run(process.returncode, stdout, stderr, *newest_results(folder), figures)
 
 
 def run_script(script, flags, folder, **variables):
     """Run a script as a user starts it, in `folder`."""
     return finish(start([ROOT / f"{script}.py", *flags], folder, **variables), folder)
+
+
+def wait_for(condition, process):
+    """Wait until condition() is true, while the process runs; return its value."""
+    deadline = time.monotonic() + LIMIT
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def wait_for_line(text, process):
+    """Read what the process prints until a line holds `text`; return that line."""
+    limit = threading.Timer(LIMIT, process.kill)
+    limit.start()
+    try:
+        for line in process.stdout:
+            if text in line:
+                return line
+    finally:
+        limit.cancel()
+    raise AssertionError(process.communicate())
 
 
 def run_main(script, flags):
@@ -206,19 +270,23 @@ def exit_of(function, capsys):
     return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def run_once(script, flags, shared):
-    """Run a script in a folder of `shared`, unless another process has: then return its Run."""
+def run_once(script, shared):
+    """Return the Run of a script's tiny flags with seed 3; of all processes one makes it."""
     folder, kept = shared / script, shared / f"{script}.pickle"
     try:
         folder.mkdir()
     except FileExistsError:
-        while not kept.exists():  # the process that made the folder writes it, whatever happens
+        deadline = time.monotonic() + LIMIT
+        while not kept.exists():
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         return pickle.loads(kept.read_bytes())
     try:
-        run = run_script(script, flags, folder, **OTHER_SETTINGS)
+        flags = [*CASES[script].tiny, "--seed", "3"]
+        command = ["-c", WATCH, ROOT / f"{script}.py", *flags]
+        run = finish(start(command, folder, KERAS_BACKEND="jax"), folder)
     except BaseException as error:
-        run = Run(None, "", f"no run: {error!r}", None, None)
+        run = Run(None, "", f"no run: {error!r}", None, None, {})
     kept.with_suffix(".tmp").write_bytes(pickle.dumps(run))
     kept.with_suffix(".tmp").rename(kept)
     return run

@@ -135,84 +135,62 @@ class Scripted:
         return self.state(), 1.0, ended and self.falls, ended and not self.falls, {}
 
 
-def train_scripted(script, monkeypatch, env, *flags):
-    """Train in `env` an agent with Q values 0 and 5 and losses 1, 2, 3; return record, memory."""
-    memories, losses = [], iter(range(1, 10000))
+def watch_trainings(script, monkeypatch, flags, env=None):
+    """Run main; return its folder, its arms, and of each training what it did.
+
+    In a scripted `env` the Q values are 0 and s in state s, and the losses 1, 2, 3, ...
+    """
+    trainings, losses = [], tf.Variable(0.0)
+    train, play, choose_action = script.train, script.play, script.choose_action
 
     class Memory(script.Memory):
         def __init__(self, max_memory):
             super().__init__(max_memory)
-            memories.append(self)
+            trainings.append(types.SimpleNamespace(memory=self, choices=[], played=[]))
 
-    def learn(rows):
-        loss = next(losses)
-        return (loss, 10 * loss) if hasattr(script, "overestimation") else loss
+    def watched_train(primary_network, target_network, optimizer, batch, state):
+        with tf.init_scope():  # a training calls it once, to compile it
+            networks = [net for net in (primary_network, target_network) if net is not None]
+            trainings[-1].starts = [network.get_weights() for network in networks]
+            trainings[-1].networks, trainings[-1].optimizer = networks, optimizer
+            if env:  # the last state's number, unchanged, is the last action's value
+                weights = [np.zeros_like(weight) for weight in networks[0].get_weights()]
+                for kernel in weights[::2]:
+                    kernel[-1, -1] = 1
+                networks[0].set_weights(weights)
+        if env:
+            return losses.assign_add(1.0), primary_network(state)
+        return train(primary_network, target_network, optimizer, batch, state)
 
-    def compile_agent(*args):
-        return learn, lambda states: tf.constant([[0.0, 5.0]])
+    def watched_play(env, predict):
+        trainings[-1].played.append(play(env, predict))
+        trainings[-1].q = predict(tf.ones((1, 4))).numpy()
+        return trainings[-1].played[-1]
 
-    monkeypatch.setattr(script.gymnasium, "make", lambda *args, **options: env)
-    monkeypatch.setattr(script, "Memory", Memory)
-    monkeypatch.setattr(script, "compile_agent", compile_agent)
-    return helpers.run_main(script, ["--arms", "double", *flags])[1]["double"], memories[0]
+    def watched_choice(q_values, eps):
+        trainings[-1].choices.append((float(q_values[0][1]), eps))
+        return choose_action(q_values, eps)
 
+    def scripted_make(name, max_episode_steps, **options):
+        assert (name, max_episode_steps) == ("CartPole-v1", 200)
+        return env
 
-ENDINGS = [  # does the pole fall, flags, the terminals among the steps of lengths 5, 4 and 6
-    (True, ["--epochs", "3"], [4, 8, 14]),
-    (False, ["--epochs", "3"], []),  # the time limit
-    (True, ["--max-steps", "12"], [4, 8]),  # the last episode is cut off
-]
-
-
-def check_memory(script, monkeypatch, falls, flags, terminals):
-    """What the agent saw and did is stored, and only a fall is a terminal; return the memory."""
-    env = Scripted(5, 4, 6, falls=falls)
-    record, memory = train_scripted(script, monkeypatch, env, *flags)
-    lengths = record["history"]["reward"]
-    assert lengths == ([5, 4, 3] if "--max-steps" in flags else [5, 4, 6])
-    assert memory.added == sum(lengths)
-    assert np.flatnonzero(memory.terminals).tolist() == terminals
-    states = [*range(1, 6), *range(7, 11), *range(12, 18)][: memory.added]
-    assert memory.states[: memory.added, 3].tolist() == states
-    assert memory.next_states[: memory.added, 3].tolist() == [state + 1 for state in states]
-    assert memory.actions[: memory.added].tolist() == env.actions[: memory.added]
-    return memory
-
-
-def check_means(script, monkeypatch, first, *flags):
-    """The step number `first` is the first that trains: the means are over those that do."""
-    lengths = [first - 6, 5, 4, 2]
-    env = Scripted(*lengths)
-    record, _ = train_scripted(script, monkeypatch, env, "--epochs", "4", *flags)
-    means = [None, None, (1 + 2 + 3 + 4) / 4, (5 + 6) / 2]
-    expected = {"reward": lengths, "avg loss": means}
-    if hasattr(script, "overestimation"):
-        expected["mean q"] = [mean and 10 * mean for mean in means]
-    assert record["history"] == expected
+    changed = {"Memory": Memory, "train": watched_train, "play": watched_play}
+    for name, value in (changed | {"choose_action": watched_choice}).items():
+        monkeypatch.setattr(script, name, value)
+    if env:
+        monkeypatch.setattr(script.gymnasium, "make", scripted_make)
+    folder, arms = helpers.run_main(script, flags)
+    return folder.resolve(), arms, trainings
 
 
-def random_actions(script, monkeypatch, level, steps, *flags):
-    """Train one episode; return for each step whether epsilon was above `level`."""
-    env = Scripted(steps)
-    monkeypatch.setattr(script.random, "random", lambda: level)
-    monkeypatch.setattr(script.random, "randrange", lambda actions: -1)
-    train_scripted(script, monkeypatch, env, "--epochs", "1", *flags)
-    assert set(env.actions) <= {-1, 1}
-    return [action == -1 for action in env.actions[:steps]]
-
-
-def watch_networks(script, monkeypatch, flags):
-    """Train; return for each agent its networks and their first weights."""
-    agents, compile_agent = [], script.compile_agent
-
-    def watched(*args):
-        networks = [network for network in args[-3:-1] if network is not None]
-        agents.append((networks, [network.get_weights() for network in networks]))
-        return compile_agent(*args)
-
-    monkeypatch.setattr(script, "compile_agent", watched)
-    script.main(flags)
-    return agents
+def dense_layers(model):
+    """Return [(name, units, activation, kernel's initializer)] of the dense layers of a model."""
+    layers = [layer for layer in model.layers if isinstance(layer, tf.keras.layers.Dense)]
+    activations = [layer.activation.__name__ for layer in layers]
+    initializers = [type(layer.kernel_initializer).__name__ for layer in layers]
+    units = [layer.units for layer in layers]
+    return list(zip([layer.name for layer in layers], units, activations, initializers))
 
 
 def random_batch(seed=0):
@@ -225,30 +203,18 @@ def random_batch(seed=0):
     return states, actions, rewards, next_states, terminals
 
 
-def target_q(batch, q, q_chooser, q_judge, gamma=0.95):
-    """As the article: in each row of `q` the entry of the action taken is changed."""
-    _, actions, rewards, _, terminals = batch
-    changed = q.copy()
+def train_as_the_article(network, judge, batch, optimizer, loss, gamma):
+    """Take a step the article's way, targets set in NumPy, then `train_on_batch`; return its loss.
+
+    `judge` says what the best next actions are worth: the target network, or `network` itself.
+    """
+    states, actions, rewards, next_states, terminals = batch
+    chooser, judged = network(next_states).numpy(), judge(next_states).numpy()
+    if judge is not network:
+        assert (chooser.argmax(axis=1) != judged.argmax(axis=1)).any(), "it has nothing to judge"
+    target_q = network(states).numpy()
     for i in range(32):
-        future = 0 if terminals[i] else gamma * q_judge[i, q_chooser[i].argmax()]
-        changed[i, actions[i]] = rewards[i] + future
-    return changed
-
-
-def check_compiled_agent(script, networks, copies, before=(), behind=()):
-    """It does what `train` and `update_network` do uncompiled, with the article's Adam."""
-    args = types.SimpleNamespace(gamma=0.95, tau=0.08)
-    learn, q_values = script.compile_agent(*before, *networks, args)
-    adam = tf.keras.optimizers.Adam(0.001)
-    adam.build(copies[0].trainable_variables)
-    for step in range(3):
-        batch = random_batch(step)
-        results = learn(tf.constant(np.column_stack(batch).astype("float32")))
-        expected = script.train(batch, *copies, adam, 0.95, *behind)
-        np.testing.assert_allclose(results, expected, rtol=1e-4)
-        if copies[1] is not None:
-            script.update_network(*copies, 0.08)
-            assert_same(networks[1].get_weights(), copies[1].get_weights(), atol=1e-5)
-    states = batch[0]
-    np.testing.assert_allclose(networks[0](states), copies[0](states), atol=1e-4)
-    np.testing.assert_allclose(q_values(states[:1]), copies[0](states[:1]), atol=1e-4)
+        future = 0 if terminals[i] else gamma * judged[i, chooser[i].argmax()]
+        target_q[i, actions[i]] = rewards[i] + future
+    network.compile(optimizer, loss)
+    return network.train_on_batch(states, target_q)

@@ -1,190 +1,125 @@
-"""bayes_mle.py against closed forms and a likelihood maximised in NumPy, and its differences."""
+"""bayes_mle.py against closed forms and likelihoods in NumPy; its differences from the article."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import tensorflow as tf
-from helpers import run_main
+from helpers import events, run_main
 
 tf_keras = pytest.importorskip("tf_keras")  # Python 3.14 has none
 import bayes_mle as script  # noqa: E402
 
-LINES = list(script.MODELS)
+X = np.arange(0, 10, 0.1)
+STDDEV = {"constant_noise": np.full(100, 3.0), "growing_noise": 0.5 * X + 2}
+SEEDS = [pytest.param([], seed, marks=pytest.mark.slow) for seed in range(5)]
 
 
-# --- Oracles ---
-def softplus(x):
-    return np.logaddexp(0, x)
-
-
-def band(x, parameters):
-    """Mean and standard deviation at x (n,) of the second model, from its four weights."""
-    a, b, c, d = parameters
-    return a * x + b, 1e-3 + softplus(0.3 * (c * x + d))
-
-
-def mean_nll(y, mean, stddev):
-    residuals = (y - mean) / stddev
-    return np.mean(np.log(stddev) + np.log(2 * np.pi) / 2 + residuals**2 / 2)
-
-
-def most_likely(x, y):
-    """The second model's weights of highest likelihood: Fisher scoring, from least squares."""
-    rows = np.stack([x, np.ones_like(x)], axis=1)
-    slope, intercept = np.linalg.lstsq(rows, y, rcond=None)[0]
-    spread = np.std(y - slope * x - intercept)
-    parameters = np.array([slope, intercept, 0, np.log(np.expm1(spread)) / 0.3])
-    for _ in range(100):
-        mean, stddev = band(x, parameters)
-        z = 0.3 * (parameters[2] * x + parameters[3])
-        change = 0.3 / (1 + np.exp(-z))  # of the standard deviation with c x + d
-        residuals = (y - mean) / stddev
-        gradient = np.concatenate(
-            [-rows.T @ (residuals / stddev), rows.T @ ((1 - residuals**2) / stddev * change)]
-        )
-        information = np.zeros((4, 4))
-        information[:2, :2] = rows.T @ (rows / stddev[:, None] ** 2)
-        information[2:, 2:] = rows.T @ (rows * (2 * change**2 / stddev**2)[:, None])
-        step, size = np.linalg.solve(information, gradient), 1.0
-        before = mean_nll(y, mean, stddev)
-        while mean_nll(y, *band(x, parameters - size * step)) > before and size > 1e-9:
-            size /= 2
-        parameters = parameters - size * step
-    assert np.abs(gradient).max() < 1e-4  # a maximum it is
-    return parameters
-
-
-# --- Bayes' theorem ---
-def test_difference_5_posterior_equals_a_grid():
-    """Likelihood times prior, written out over a fine grid of means, and normalised."""
-    heights = np.array([135.0, 151.0, 128.0])
-    grid = np.linspace(60, 220, 160001)
-    logs = -((grid - 130) ** 2) / (2 * 10**2)
-    logs = logs - sum((height - grid) ** 2 for height in heights) / (2 * 8**2)
-    weights = np.exp(logs - logs.max())
-    weights /= weights.sum()
-    mean = np.sum(weights * grid)
-    stddev = np.sqrt(np.sum(weights * (grid - mean) ** 2))
-    posterior = script.posterior_of_mean(heights, 130.0, 10.0, 8.0)
-    np.testing.assert_allclose(posterior, (mean, stddev), rtol=1e-6)
-    assert script.posterior_of_mean(heights[:0], 130.0, 10.0, 8.0) == pytest.approx((130, 10))
-
-
-def test_the_articles_probabilities(capsys):
-    script.show_probabilities()
-    printed = capsys.readouterr().out
-    # a table of a thousand days: 100 wet, 30 of them after wet ones, 70 after the 900 dry ones
-    assert f"P(RT=1 | RY=0) = {70 / 900:.4f}" in printed
-    assert f"P(RY=1 | RT=1) = {30 / 100:.4f}" in printed
-    assert printed.count("-2.9189") == 2
-    assert script.bayes_theorem(0.9, 0.01, 0.05) == pytest.approx(0.18)
-
-
-def test_difference_3_scale_is_the_standard_deviation():
-    # by hand: -log(2) - log(2 pi) / 2 - 1 / 2; with a variance of 2 it would be -2.2655
-    expected = -np.log(2) - 0.9189385 - 0.5
-    assert script.normal_log_likelihood(8.0, 10.0, 2.0) == pytest.approx(expected)
-    assert float(script.tfd.Normal(10.0, 2.0).log_prob(8.0)) == pytest.approx(expected)
-    x, y, stddev = script.load_data("constant_noise", 20000, 3.0, seed=0)
-    assert np.std(y - 2 * x - 3) == pytest.approx(3, rel=0.02)
-    x, y, stddev = script.load_data("growing_noise", 20000, 3.0, seed=0)
-    np.testing.assert_allclose(stddev, 0.5 * x + 2, rtol=1e-6)
-    assert np.std((y - 2 * x - 3)[x > 9.5]) == pytest.approx(0.5 * 9.75 + 2, rel=0.1)
-
-
-# --- Data and models ---
-def test_difference_4_data_are_the_articles_and_can_be_drawn_again():
-    for arm in LINES:
-        first, again, other = (script.load_data(arm, 100, 3.0, seed) for seed in (0, 0, 1))
-        np.testing.assert_array_equal(first, again)
-        assert np.abs(first[1] - other[1]).max() > 1
-        assert [column.shape for column in first] == [(100, 1)] * 3
-        np.testing.assert_allclose(first[0][:, 0], np.arange(0, 10, 0.1), rtol=1e-6)
-    quiet = script.load_data("growing_noise", 100, 0.3, seed=0)
-    np.testing.assert_allclose(quiet[2], (0.5 * quiet[0] + 2) / 10, rtol=1e-5)
-
-
-@pytest.mark.parametrize("arm", LINES)
-def test_difference_1_no_broadcast(arm):
-    """The NLL of N points is (N, 1), and each is that of its own distribution."""
-    x, y, _ = script.load_data(arm, 50, 3.0, seed=0)
-    model = script.MODELS[arm]()
-    values = script.neg_log_likelihood(y, model(x))
-    assert values.shape == (50, 1)
-    kernel, bias = (weight.astype("float64") for weight in model.get_weights())
-    outputs = x @ kernel + bias
-    stddev = 1.0 if arm == "constant_noise" else 1e-3 + softplus(0.3 * outputs[:, 1])
-    residuals = (y[:, 0] - outputs[:, 0]) / stddev
-    expected = np.log(stddev) + np.log(2 * np.pi) / 2 + residuals**2 / 2
-    np.testing.assert_allclose(values.numpy()[:, 0], expected, rtol=1e-4)
-    # the trap: a mean of shape (N,) makes (N, N) of it, and nobody complains
-    flat = script.tfd.Normal(loc=outputs[:, 0].astype("float32"), scale=1)
-    assert script.neg_log_likelihood(y, flat).shape == (50, 50)
-
-
-def test_difference_2_models_are_of_tf_keras():
-    assert isinstance(script.growing_noise_model(), tf_keras.Model)
-    assert tf.keras.__name__.startswith("keras")  # Keras 3 is what the rest still gets
-
-
-def test_describe_by_hand():
-    x = np.float32([[0], [1], [2], [3], [4]])
-    line = script.tfd.Normal(loc=3 * x - 1, scale=np.float32([[1], [1], [1], [1], [2]]))
-    y = 3 * x - 1 + np.float32([[1.9], [-2.1], [0], [2.1], [3.9]])
-    numbers = script.describe(x, y, line)
-    assert numbers["coverage"] == pytest.approx(3 / 5)
-    assert (numbers["slope"], numbers["intercept"]) == pytest.approx((3, -1))
-    assert (numbers["first_stddev"], numbers["last_stddev"]) == (1, 2)
-    squares = 1.9**2 + 2.1**2 + 2.1**2 + (3.9 / 2) ** 2
-    expected = np.log(2) / 5 + np.log(2 * np.pi) / 2 + squares / 10
-    assert numbers["nll"] == pytest.approx(expected, rel=1e-5)
-
-
-# --- Whole runs ---
 def points(arm, seed):
-    """Return x, y and the true standard deviation, each (100,) float64."""
-    return [column[:, 0].astype("float64") for column in script.load_data(arm, 100, 3.0, seed)]
+    """The y of an arm, (100,), by NumPy alone."""
+    return 2 * X + 3 + np.random.default_rng(seed).normal(0, STDDEV[arm])
 
 
-def test_what_a_run_records():
-    """The estimates from the saved weights and the data, and the prior's path, in NumPy."""
-    folder, arms = run_main(script, ["--epochs", "4"])
-    for arm in LINES:
-        x, y, stddev = points(arm, seed=0)
-        estimates = arms[arm]["estimates"]
-        assert estimates["truth"]["nll"] == pytest.approx(mean_nll(y, 2 * x + 3, stddev), rel=1e-4)
-        model = script.MODELS[arm]()
-        model.load_weights(folder / f"{arm}.weights.h5")
-        kernel, bias = model.get_weights()
-        assert abs(bias[0]) > 0.3  # difference 5: a rate of 0.001 moves it by 0.03 at most
-        fit = estimates["fit"]
-        assert (fit["slope"], fit["intercept"]) == pytest.approx((kernel[0, 0], bias[0]), rel=1e-3)
-        assert {**fit, "parameters": kernel.size + bias.size} == arms[arm]["final"]
-    squares = arms["constant_noise"]["estimates"]["least squares"]
-    expected = np.polyfit(*points("constant_noise", seed=0)[:2], 1)
-    np.testing.assert_allclose((squares["slope"], squares["intercept"]), expected, rtol=1e-4)
-    expected = [(1 / 10**2 + n / 8**2) ** -0.5 for n in range(1, 31)]
-    np.testing.assert_allclose(arms["prior"]["history"]["stddev"], expected, rtol=1e-6)
+def weights_of(model):
+    return np.concatenate([weight.ravel() for weight in model.get_weights()]).astype("float64")
 
 
-def check_converged(flags, seed):
-    """Run with --converge, and hold its estimates to the independent ones."""
-    _, arms = run_main(script, [*flags, "--converge", "--seed", str(seed)])
-    line = arms["constant_noise"]["estimates"]["converged"]
-    expected = np.polyfit(*points("constant_noise", seed)[:2], 1)
-    assert (line["slope"], line["intercept"]) == pytest.approx(tuple(expected), abs=0.02)
-    band_of_noise = arms["growing_noise"]["estimates"]
-    x, y, _ = points("growing_noise", seed)
-    best = mean_nll(y, *band(x, most_likely(x, y)))
-    assert band_of_noise["converged"]["nll"] == pytest.approx(best, abs=0.01)
-    assert 0.9 <= band_of_noise["converged"]["coverage"] <= 1
-    return band_of_noise["fit"]["nll"] - band_of_noise["converged"]["nll"]
+def normals(weights):
+    """The means and the standard deviations at X, (100,), by a network's weights."""
+    outputs = np.outer(X, weights[: len(weights) // 2]) + weights[len(weights) // 2 :]
+    if len(weights) == 2:
+        return outputs[:, 0], np.ones(100)
+    return outputs[:, 0], 1e-3 + np.logaddexp(0, 0.3 * outputs[:, 1])  # softplus
 
 
-def test_converge_reaches_both_maxima():
-    assert check_converged(["--epochs", "150"], seed=1) > 0.01  # which the fit had not
+def nll(y, mean, stddev):
+    return np.log(stddev) + np.log(2 * np.pi) / 2 + ((y - mean) / stddev) ** 2 / 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_claim_the_maximum_is_reached(seed):
-    check_converged([], seed)
+def slope_of_nll(y, weights, h=1e-3):
+    """The gradient of the mean NLL, by differences."""
+    moves = h * np.eye(len(weights))
+    changes = [nll(y, *normals(weights + a)) - nll(y, *normals(weights - a)) for a in moves]
+    return np.mean(changes, axis=1) / (2 * h)
+
+
+@pytest.mark.parametrize("arm", STDDEV)
+def test_differences_1_to_3_each_point_meets_its_own_normal(arm):
+    """By hand: N columns in, N losses out; sigma is a standard deviation."""
+    model = getattr(script, f"{arm}_model")()
+    values = script.neg_log_likelihood(points(arm, 0)[:, None], model(script.x_range))
+    assert values.shape == (100, 1)  # with a row of means it is (100, 100), without an error
+    expected = nll(points(arm, 0), *normals(weights_of(model)))
+    np.testing.assert_allclose(values[:, 0], expected, rtol=1e-4)
+    assert isinstance(model, tf_keras.Model)
+
+
+@pytest.mark.parametrize("arm", STDDEV)
+def test_difference_4_noise_is_drawn_by_a_seed(arm):
+    lin_reg, truth = getattr(script, f"{arm}_data")(np.random.default_rng(7))
+    here = np.hstack([lin_reg, truth.mean(), truth.stddev()]).T
+    np.testing.assert_allclose(here, [points(arm, 7), 2 * X + 3, STDDEV[arm]], rtol=1e-12)
+    np.random.seed(0)
+    draws = script.noise(np.tile([0.0, 4.0], (20000, 1)), 0.25, 1.5)  # no array has its name
+    np.testing.assert_allclose([draws.mean(0), draws.std(0)], [[0, 0], [1.5, 2.5]], atol=0.05)
+
+
+def test_difference_6_the_grid_gives_the_closed_form():
+    """Of two Normals the precisions, 1 / variance, add up and weigh the means."""
+    folder, arms = run_main(script, ["--epochs", "1"])
+    heights = np.random.default_rng(0).normal(142, 8, 30)
+    precisions = 1 / 10**2 + np.arange(31) / 8**2
+    means = (130 / 10**2 + np.append(0, heights.cumsum()) / 8**2) / precisions
+    history = np.array([*arms["prior"]["history"].values()])
+    np.testing.assert_allclose(history, [means[1:], precisions[1:] ** -0.5], rtol=1e-7)
+    assert events(folder / "prior", "mean")[-1] == (30, pytest.approx(means[-1]))
+    for line, count in zip(plt.figure(1).axes[0].lines, (0, 1, 3, 10, 30)):
+        density = np.exp(-nll(line.get_xdata(), means[count], precisions[count] ** -0.5))
+        np.testing.assert_allclose(line.get_ydata(), density, atol=1e-6)
+        assert line.get_label() == f"pupils: {count}"
+    # The article's rain: of 1,000 days 900 are dry, and 70 of the 100 wet days come after them.
+    assert script.bayes_theorem(likelihood=0.7, prior=0.1, evidence=0.9) == pytest.approx(70 / 900)
+
+
+def check_run(shown, flags, seed, capsys):
+    """Table, figure, and file, loaded by the printed line, are those of the fit `shown`."""
+    folder, arms = run_main(script, [*flags, "--seed", str(seed)])
+    printed = capsys.readouterr().out.splitlines()
+    pasted = [line for line in printed if line.startswith("model = ")]
+    for arm, line, number in zip(STDDEV, pasted, (2, 3), strict=True):
+        exec(line, names := dict(vars(script)))
+        y, weights = points(arm, seed), weights_of(names["model"])
+        mean, stddev = normals(weights)
+        by_hand = [weights[0], mean[0], stddev[0], stddev[-1], nll(y, mean, stddev).mean()]
+        by_hand += [np.mean(np.abs(y - mean) <= 2 * stddev), len(weights)]
+        estimates, final = arms[arm]["estimates"], arms[arm]["final"]
+        assert list(final.values()) == pytest.approx(by_hand, rel=1e-3)
+        assert final == estimates[shown] | {"parameters": len(weights)}
+        assert [arm, "slope", f"{final['slope']:.4g}", "-"] in map(str.split, printed)
+        assert events(folder / arm, "loss") == [*enumerate(arms[arm]["history"]["loss"], 1)]
+        if shown == "fit":
+            assert mean[0] > 0.3  # difference 5: a rate of 0.001 moves it by 0.03 at most
+            assert len(arms[arm]["history"]["loss"]) == (8 if arm == "growing_noise" else 4)
+        else:
+            assert np.abs(slope_of_nll(y, weights)).max() < 0.001
+        axes = plt.figure(number).axes[0]
+        np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([X, y], axis=1))
+        bands = {band.get_label(): band.get_paths()[0].vertices for band in axes.collections[1:]}
+        assert len(bands) == (len(estimates) if arm == "growing_noise" else 0)
+        assert len({line.get_linestyle() for line in axes.lines}) == len(estimates)
+        for line, (name, numbers) in zip(axes.lines, estimates.items(), strict=True):
+            end = 9.9 * numbers["slope"] + numbers["intercept"]
+            assert (line.get_label(), line.get_ydata()[-1]) == (name, pytest.approx(end))
+            if bands:
+                edges = [y - end for x, y in bands[f"{name} +- 2 stddev"] if x > 9.89]
+                assert max(edges) == pytest.approx(2 * numbers["last_stddev"], rel=1e-4)
+    squares = [*arms["constant_noise"]["estimates"]["least squares"].values()]
+    assert squares[:2] == pytest.approx([*np.polyfit(X, points("constant_noise", seed), 1)])
+
+
+def test_the_fit_is_shown_and_saved_without_a_warning(capsys, recwarn):
+    check_run("fit", ["--epochs", "4"], 0, capsys)
+    assert not [warning for warning in recwarn if "lambda" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("flags", "seed"), [(["--epochs", "150"], 1), *SEEDS])
+def test_converge_is_shown_and_saved_and_reaches_both_maxima(flags, seed, capsys):
+    check_run("converged", ["--converge", *flags], seed, capsys)

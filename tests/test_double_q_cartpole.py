@@ -1,167 +1,155 @@
-"""double_q_cartpole.py: Double Q by hand and in NumPy, and its differences from the article."""
+"""double_q_cartpole.py, and what dueling_q_cartpole.py does likewise: learning, memory, games."""
 
+import functools
 import math
 
+import gymnasium
+import helpers
+import keras
 import numpy as np
 import oracles
 import pytest
-import tensorflow as tf
-from oracles import Scripted, random_batch, train_scripted
 
-import double_q_cartpole as script
+import double_q_cartpole as double_q
+import dueling_q_cartpole as dueling_q
 
-keras = script.keras
-
-
-# --- Double Q ---
-def new_networks():
-    """Return two networks with different weights."""
-    keras.utils.set_random_seed(1)
-    return script.build_model(), script.build_model()
+in_both = pytest.mark.parametrize("script", [double_q, dueling_q], ids=["double_q", "dueling_q"])
 
 
-@pytest.mark.parametrize("arm", script.ARMS)
-def test_a_training_step_equals_numpy(arm):
-    batch, (primary, target) = random_batch(), new_networks()
-    states, _, _, next_states, _ = batch
-    chooser, judge = (target if arm == "dqn_target" else primary), (primary, target)[arm != "dqn"]
-    q_chooser, q_judge = (
-        oracles.mlp(next_states, network.get_weights())[-1] for network in (chooser, judge)
-    )
-    outputs = oracles.mlp(states, primary.get_weights())
-    q = outputs[-1]
-    target_q = oracles.target_q(batch, q, q_chooser, q_judge)
-    dq = 2 * (q - target_q) / q.size
+# --- Double Q, and its parts ---
+@pytest.mark.parametrize("arm", ["dqn", "double", "dueling"])
+def test_a_step_is_the_articles(arm):
+    keras.utils.set_random_seed(3)
+    dueling = functools.partial(dueling_q.DQModel, 30, 2, dueling=True)
+    script, build = (dueling_q, dueling) if arm == "dueling" else (double_q, double_q.build_model)
+    primary, target, theirs = build(), build(), build()
+    theirs.set_weights(primary.get_weights())
+    judge, tau = (theirs, 0) if arm == "dqn" else (target, 0.08)
+    batch, state = oracles.random_batch(), np.ones((1, 4), "float32")
+    optimizers = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)  # as long as the gradient
+    expected = oracles.train_as_the_article(theirs, judge, batch, optimizers[0], "mse", 0.95)
+    pairs = zip(target.get_weights(), theirs.get_weights())
+    followed = [t * (1 - tau) + e * tau for t, e in pairs]
 
-    args = None if arm == "dqn" else target, 0.95, arm == "double"
-    (loss, mean_q), gradient = oracles.gradient_of(
-        primary, lambda sgd: script.train(batch, primary, args[0], sgd, *args[1:])
-    )
-    assert float(loss) == pytest.approx(np.mean((q - target_q) ** 2), rel=1e-5)
-    assert float(mean_q) == pytest.approx(np.mean(np.max(q_judge, axis=1)), rel=1e-5)
-    expected = oracles.mlp_gradients(outputs, primary.get_weights(), dq)
-    oracles.assert_same(gradient, expected, atol=1e-5)
-
-
-def test_soft_update_equals_the_articles_formula():
-    primary, target = new_networks()
-    pairs = list(zip(target.get_weights(), primary.get_weights()))
-    script.update_network(primary, target, 0.08)
-    oracles.assert_same(target.get_weights(), [t * (1 - 0.08) + e * 0.08 for t, e in pairs], 1e-7)
-    oracles.assert_same(primary.get_weights(), [e for _, e in pairs])
-
-
-@pytest.mark.parametrize("arm", script.ARMS)
-def test_difference_5_the_compiled_agent_trains_and_follows(arm):
-    networks, copies = list(new_networks()), list(new_networks())
-    if arm == "dqn":
-        networks[1] = copies[1] = None
-    double_q = [arm == "double"]
-    oracles.check_compiled_agent(script, networks, copies, double_q, double_q)
+    optimizers[1].build(primary.trainable_variables)
+    rows = np.column_stack(batch).astype("float32")
+    loss, q = script.train(primary, target if tau else None, optimizers[1], rows, state)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    oracles.assert_same(primary.get_weights(), theirs.get_weights(), atol=1e-6)
+    oracles.assert_same(target.get_weights(), followed, atol=1e-6)
+    np.testing.assert_allclose(q, theirs(state), rtol=1e-4)  # of the state at hand, afterwards
 
 
 def test_network_is_the_articles():
-    keras.utils.set_random_seed(0)
-    shapes = [weight.shape for weight in script.build_model().get_weights()]
-    assert shapes == [(4, 30), (30,), (30, 30), (30,), (30, 2), (2,)]
-    hidden = np.concatenate([script.build_model().get_weights()[2].ravel() for _ in range(20)])
-    assert np.std(hidden) == pytest.approx(math.sqrt(2 / 30), rel=0.02)  # He: sqrt(2 / inputs)
+    layers = [layer[1:] for layer in oracles.dense_layers(double_q.build_model())]
+    assert layers == [*[(30, "relu", "HeNormal")] * 2, (2, "linear", "GlorotUniform")]
 
 
-def test_choose_action():
-    def q_values(states):
-        assert (states.shape, states.dtype) == ((1, 4), tf.float32)
-        return tf.constant([[2.0, 3.0]])
-
-    keras.utils.set_random_seed(0)
-    for eps, share in ((0, 1.0), (1, 0.5), (0.5, 0.75)):
-        actions = [script.choose_action(np.zeros(4, "float32"), q_values, eps) for _ in range(2000)]
-        assert set(actions) <= {0, 1}
-        assert np.mean(actions) == pytest.approx(share, abs=0.04)
-
-
-def test_max_bias_is_the_integrals(tmp_path, capsys):
-    script.show_max_bias(0, tmp_path)
-    means = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    below = [0.5 * (1 + math.erf((t - 1) / 4 / math.sqrt(2))) for t in np.arange(0.005, 40, 0.01)]
-    maximum = sum(1 - p**2 for p in below) * 0.01  # of a variable that is never negative
-    judged = 1 - below[0] ** 2  # 1, unless the largest is the 0 of A
-    assert means == pytest.approx([1, 1, maximum, judged], abs=0.12)
-    assert maximum > 3
-
-
-def test_overestimation_by_hand():
-    # The returns are 1 + 0.5 + 0.25, then 1 + 0.5, then 1.
-    assert script.overestimation([3.0, 2.0, 0.5], 0.5).tolist() == [1.25, 0.5, -0.5]
-    # The end of an episode cut off at 200 steps is left out.
-    returns = [sum(0.95**i for i in range(200 - t)) for t in range(110)]
-    np.testing.assert_allclose(script.overestimation([25.0] * 200, 0.95), 25 - np.array(returns))
-
-
+@in_both
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 15, 100])
-def test_difference_3_memory_holds_the_newest_and_can_draw_each(count):
+def test_memory_holds_the_newest_and_can_draw_each(script, count):
     keras.utils.set_random_seed(0)
     memory = script.Memory(7)
     for i in range(count):
         memory.add_sample(np.full(4, i), i % 2, i + 0.5, np.full(4, i + 1), i % 3 == 0)
     i = np.arange(max(0, count - 7), count)
-    batch = script.split_rows(memory.sample(len(i)))  # each once
-    states, actions, rewards, next_states, terminals = (column.numpy() for column in batch)
-    order = states[:, 0].argsort()
-    np.testing.assert_array_equal(states[order], np.repeat(i[:, None], 4, axis=1))
-    np.testing.assert_array_equal(actions[order], i % 2)
-    np.testing.assert_array_equal(rewards[order], i + 0.5)
-    np.testing.assert_array_equal(next_states[order], np.repeat(i[:, None] + 1, 4, axis=1))
-    np.testing.assert_array_equal(terminals[order], i % 3 == 0)
+    columns = [i] * 4 + [i % 2, i + 0.5] + [i + 1] * 4 + [i % 3 == 0]
+    rows = memory.sample(len(i)).numpy()  # each once
+    np.testing.assert_array_equal(rows[rows[:, 0].argsort()], np.column_stack(columns))
     drawn = [int(memory.sample(1)[0, 0]) for _ in range(60 * len(i))]
     assert np.bincount(np.array(drawn) - i[0], minlength=len(i)).min() > 30
 
 
-# --- Training ---
-def test_difference_5_all_networks_start_alike_and_all_move(monkeypatch):
-    flags = ["--epochs", "25", "--epsilon-decay", "0.01"]
-    agents = oracles.watch_networks(script, monkeypatch, flags)
-    assert [len(networks) for networks, _ in agents] == [1, 2]  # dqn, double
-    networks, starts = (sum(column, []) for column in zip(*agents))
-    for network, start in zip(networks, starts):
-        oracles.assert_same(start, starts[0])
-        assert oracles.smallest_move(network.get_weights(), start) > 1e-3
-    _, primary, target = (network.get_weights() for network in networks)
-    assert any((one != other).any() for one, other in zip(primary, target))
+@in_both
+@pytest.mark.parametrize(("eps", "share"), [(0, 1.0), (1, 0.5), (0.5, 0.75)])
+def test_choose_action(script, eps, share):
+    keras.utils.set_random_seed(0)
+    actions = [script.choose_action(np.array([[2, 3]]), eps) for _ in range(2000)]
+    assert set(actions) <= {0, 1}
+    assert np.mean(actions) == pytest.approx(share, abs=0.04)
 
 
-@pytest.mark.parametrize(("falls", "flags", "terminals"), oracles.ENDINGS)
-def test_difference_1_only_a_fall_is_a_terminal(monkeypatch, falls, flags, terminals):
-    memory = oracles.check_memory(script, monkeypatch, falls, flags, terminals)
-    assert memory.max_memory == 50000
+# --- Overestimation, in double_q_cartpole.py only ---
+def test_max_bias(capsys):
+    keras.utils.set_random_seed(0)
+    double_q.show_max_bias()
+    means = [float(word.strip(",")) for word in capsys.readouterr().out.split() if "." in word]
+    assert means == pytest.approx([1, 1, 3.52], abs=0.12)  # by integration
 
 
-def test_rewards_are_noisy(monkeypatch):
-    flags = ["--epochs", "1", "--random-reward-std", "3"]
-    _, memory = train_scripted(script, monkeypatch, Scripted(2000), *flags)
-    rewards = memory.rewards[: memory.added]
-    assert [rewards.mean(), rewards.std()] == pytest.approx([1, 3], abs=0.2)
+def test_overestimation_by_hand():
+    def overestimation(*largest):
+        return double_q.overestimation(lambda states: states, np.outer(largest, [-1, 1]))
+
+    returns = [1 + 0.95 + 0.95**2, 1 + 0.95, 1]
+    np.testing.assert_allclose(overestimation(5, 3, 1), np.subtract([5, 3, 1], returns))
+    assert len(overestimation(*[25] * 199)) == 199
+    # Of an episode cut off at 200 steps the last 90 are left out.
+    returns = [sum(0.95**i for i in range(200 - t)) for t in range(110)]
+    np.testing.assert_allclose(overestimation(*[25] * 200), 25 - np.array(returns))
 
 
-def test_difference_4_lengths_and_means_over_the_steps_that_trained(monkeypatch):
-    oracles.check_means(script, monkeypatch, 96)
+# --- Trainings: scripted ones, and two short ones of each arm ---
+@in_both
+@pytest.mark.parametrize(("falls", "std"), [(True, 3), (False, 0)])
+def test_what_a_training_stores_and_records(script, falls, std, monkeypatch):
+    """The 96th step is the first that trains: double_q_cartpole.py then has three batches."""
+    flags = ["--arms", "double", "--epochs", "2", "--random-reward-std", str(std)]
+    flags += ["--delay-training", "95"] if script == dueling_q else []
+    env = oracles.Scripted(94, 3, falls=falls)
+    _, arms, (training,) = oracles.watch_trainings(script, monkeypatch, flags, env)
+    (record,), memory, rows = arms["double"]["runs"], training.memory, training.memory.rows[:97]
+    assert record["history"] == {"reward": [94, 3], "avg loss": [0.0, (1 + 2) / 2]}
+    assert record["final"]["reward"] == (94 + 3) / 2
+    assert (memory.added, len(memory.rows)) == (97, 50000 if script == double_q else 500000)
+    states = [*range(1, 95), *range(96, 99)]
+    assert rows[:, 3].tolist() == states == [q for q, _ in training.choices]  # no older state's q
+    assert rows[:, 9].tolist() == [state + 1 for state in states]
+    assert rows[:, 4].tolist() == env.actions[:97]
+    assert np.flatnonzero(rows[:, 10]).tolist() == ([93, 96] if falls else [])  # not the time limit
+    assert [rows[:, 5].mean(), rows[:, 5].std()] == pytest.approx([1, std], abs=0.2 * std)
+    epsilons = {
+        double_q: [0.01 + 0.99 * math.exp(-0.0005 * step) for step in range(97)],
+        dueling_q: [1.0] * 96 + [1 - 0.99 / 5000],
+    }
+    np.testing.assert_allclose([eps for _, eps in training.choices], epsilons[script])
 
 
-@pytest.mark.parametrize("level", [0.9999, 0.5, 0.0101])
-def test_epsilon_falls_as_in_the_article(monkeypatch, level):
-    at_random = oracles.random_actions(script, monkeypatch, level, 1000, "--epsilon-decay", "0.01")
-    eps = [0.01 + 0.99 * math.exp(-0.01 * step) for step in range(1000)]
-    assert at_random == [level < value for value in eps]
+@in_both
+@pytest.mark.parametrize(  # 2 * 10 + 18 * 200 = 20 * 181
+    ("rewards", "never", "first"), [([10] * 5 + [200] * 20, False, 23), ([180] * 30, True, None)]
+)
+def test_final_numbers_by_hand(script, rewards, never, first):
+    env = oracles.Scripted(*range(190, 200))
+    before = [np.zeros_like] if script == double_q else []  # the network
+    final = script.evaluate(*before, lambda state: np.array([[0, 5]]), env, rewards)
+    found = final["reward"], final["reached_180"], final["episodes_to_180"]
+    assert found == (rewards[-1], not never, first)
+    assert final["greedy_reward"] == 194.5
+    assert env.actions == [1] * 1945  # ten episodes, always the action with the largest Q
 
 
-def test_final_numbers_by_hand(monkeypatch):
-    # Of the last 20 lengths two may be 10: 18 * 200 + 2 * 10 = 20 * 181
-    env = Scripted(*[10] * 5, *[200] * 20)
-    final = train_scripted(script, monkeypatch, env, "--epochs", "25")[0]["final"]
-    assert final["episodes_to_180"] == 5 + 18
-    assert final["reward"] == 200
-    assert final["greedy_reward"] == 3
-    returns = 1 + 0.95 + 0.95**2, 1 + 0.95, 1
-    assert final["overestimation"] == pytest.approx(5 - sum(returns) / 3)
-    record, _ = train_scripted(script, monkeypatch, Scripted(), "--epochs", "2")
-    assert record["final"]["episodes_to_180"] == 3  # one more than it had: never
+@in_both
+def test_two_trainings_of_each_arm(script, monkeypatch):
+    flags = ["--epochs", "8"] if script == double_q else ["--epochs", "8", "--delay-training", "90"]
+    folder, arms, trainings = oracles.watch_trainings(script, monkeypatch, [*flags, "--runs", "2"])
+    starts = [training.starts[0] for training in trainings]
+    assert oracles.smallest_move(starts[0][::2], starts[1][::2]) > 0.1  # seeds 0 and 1: kernels
+    oracles.assert_same(starts[0][:4], starts[2][:4])  # both arms: the layers that they share
+    for arm, (training, other) in zip(arms, (trainings[:2], trainings[2:])):
+        for network, start in zip(training.networks, training.starts):
+            oracles.assert_same(start, training.starts[0])  # the target network is a copy
+            assert oracles.smallest_move(network.get_weights(), start) > 0.01
+        assert len(training.networks) == (1 if arm == "dqn" else 2)
+        optimizer, adam = training.optimizer.get_config(), keras.optimizers.Adam().get_config()
+        assert optimizer | {"name": ""} == adam | {"name": ""}
+        saved = keras.models.load_model(folder / f"{arm}.keras")  # of the first seed
+        oracles.assert_same(saved.get_weights(), training.networks[0].get_weights())
+        np.testing.assert_allclose(saved(np.ones((1, 4))), training.q, rtol=1e-4)  # evaluated
+        lengths = [len(states) for states in training.played]
+        assert arms[arm]["runs"][0]["final"]["greedy_reward"] == np.mean(lengths)
+        state, _ = gymnasium.make("CartPole-v1").reset(seed=1)
+        np.testing.assert_array_equal(other.memory.rows[0, :4], state)
+    flags += ["--seed", "1", "--arms", arm]  # the last arm, alone
+    alone, beside = helpers.run_main(script, flags)[1][arm]["runs"][0], arms[arm]["runs"][1]
+    assert (alone["history"], alone["final"]) == (beside["history"], beside["final"])

@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT, error_lines, exit_of, run_script, start
 
 import double_q_cartpole as episodes_script
-import dueling_q_spaceinvaders as script
+import dueling_q_spaceinvaders as game_script
 import resnet_cifar10 as fit_script
 
 QUICK = ["--epochs", "2", "--arms", "dqn"]  # of double_q_cartpole: seconds
@@ -25,46 +25,47 @@ FIT = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "2", "--arms", "plai
 @pytest.fixture
 def one_block(monkeypatch):
     """Let the ResNet be small: its start is long."""
-    monkeypatch.setattr(fit_script, "NUM_RES_NET_BLOCKS", 1)
+    build_model = fit_script.build_model
+    monkeypatch.setattr(fit_script, "build_model", lambda arm: build_model(arm, 1))
 
 
-def wait_for(condition, process):
-    """Wait until condition() is true, while the process runs; return its value."""
-    deadline = time.monotonic() + 240
-    while not (value := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
+def parse(*flags):
+    return episodes_script.parse_flags(episodes_script.make_parser("--epochs", default=7), flags)
 
 
 # --- Flags ---
 @pytest.mark.parametrize(
     "flags",
     [
-        *(["--epochs", value] for value in ("0", "1.5")),
+        *(["--epochs", value] for value in ("0", "1.5", "4294967296")),
         ["--epochs"],
         ["--epoch", "1"],  # no abbreviations
         ["--no-such-flag"],
         ["stray"],
-        ["--seed", "-1"],
+        *(["--seed", value] for value in ("-1", "99999999999")),
         ["--max-steps", "0"],
-        ["--gamma", "x"],
+        *(["--random-reward-std", value] for value in ("x", "-1", "nan", "inf")),
         ["--runs", "0"],
         ["--arms"],
         ["--arms", "double", "dueling"],
-        *(["--device", value] for value in ("tpu", "gpu", "gpu:99")),
-        ["--device", "all"],  # only where fit trains
-        ["--logdir", "gs://bucket/log"],
+        *(["--device", value] for value in ("tpu", "gpu", "all")),  # all only where fit trains
+        ["--logdir", ""],
     ],
     ids=" ".join,
 )
-def test_bad_flags(flags, capsys):
+def test_bad_flags_are_one_line_and_leave_nothing(flags, capsys):
     code, line = exit_of(lambda: episodes_script.main(["--epochs", "1", *flags]), capsys)
     assert code == 2
     assert "error: " in line
     assert flags[0] in line
     assert os.listdir() == []
+
+
+def test_help_shows_defaults_and_the_run_lines_of_the_docstring():
+    text = " ".join(episodes_script.make_parser("--epochs", default=7).format_help().split())
+    assert "(default: 7)" in text
+    assert "python double_q_cartpole.py --random-reward-std 0; python double_q" in text
+    assert "first figure" not in text
 
 
 def test_a_kernels_command_line_is_not_ours(monkeypatch):
@@ -81,69 +82,21 @@ def test_a_kernels_command_line_is_not_ours(monkeypatch):
     assert episodes_script.parse_flags(parser, ["--epochs", "4"]).epochs == 4
 
 
-def test_an_arm_named_twice_is_trained_once():
-    episodes_script.main([*QUICK, "--arms", "dqn", "dqn", "--runs", "2"])
-    _, results = helpers.newest_results(".")
-    assert [run["seed"] for run in results["arms"]["dqn"]["runs"]] == [0, 1]
-
-
-def test_runs_are_mean_and_spread():
-    numbers = episodes_script.main([*QUICK, "--runs", "2"])
-    record = helpers.newest_results(".")[1]["arms"]["dqn"]
-    first, second = record["runs"]
-    assert record["history"] == first["history"] != second["history"]
-    for metric, value in numbers["dqn"].items():
-        values = [run["final"][metric] for run in (first, second)]
-        assert value == pytest.approx(np.mean(values))
-        assert record["spread"][metric] == pytest.approx(np.std(values, ddof=1))
-
-
-@pytest.mark.parametrize("falls", [True, False])
-def test_play_ends_with_the_episode(falls):
-    env = oracles.Scripted(4, falls=falls)
-    assert episodes_script.play(env, lambda state: int(state[0])) == 4.0
-    assert env.actions == [1, 2, 3, 4]  # each chosen from the state before it
-
-
-def test_gif_is_a_greedy_episode():
-    from PIL import Image, ImageSequence
-
-    episodes_script.main([*QUICK, "--gif"])
-    (path,) = pathlib.Path("log").rglob("dqn.gif")
-    with Image.open(path) as gif:
-        assert gif.size == (600, 400)
-        assert len(list(ImageSequence.Iterator(gif))) > 4
-
-
-@pytest.mark.parametrize("count", [1, 19, 20, 21, 50])
-def test_moving_average(count):
-    values = np.random.default_rng(0).integers(1, 200, count).tolist()
-    expected = [np.mean(values[max(0, i - 20) : i]) for i in range(1, count + 1)]
-    np.testing.assert_allclose(episodes_script.moving_average(values), expected)
-    assert np.isnan(episodes_script.moving_average([None, *values])[0])
-
-
-# --- Device ---
 def test_devices(monkeypatch, capsys):
     gpus = [argparse.Namespace(name=f"/physical_device:GPU:{number}") for number in (0, 1)]
     chosen = []
     config = fit_script.tf.config
     monkeypatch.setattr(config, "list_physical_devices", lambda kind: gpus)
     monkeypatch.setattr(config, "set_visible_devices", lambda devices, kind: chosen.append(devices))
-    parser = fit_script.make_parser("--epochs", default=1, several=True)
-    names = {"auto": gpus[:1], "cpu": [], "gpu": gpus[:1], "gpu:1": gpus[1:], "all": gpus}
-    for name, visible in names.items():
-        assert parser.parse_args(["--device", name]).device == name
-        assert chosen[-1] == visible
-    code, line = exit_of(lambda: parser.parse_args(["--device", "gpu:2"]), capsys)
-    assert code == 2
-    assert "gpu:2 is not here; use auto, cpu, all, gpu:0, gpu:1" in line
+    for name in ("auto", "cpu", "gpu"):
+        assert parse("--device", name).device == name
+    assert chosen == [gpus, [], gpus]
 
     def too_late(devices, kind):
         raise RuntimeError("Visible devices cannot be modified after being initialized")
 
     monkeypatch.setattr(config, "set_visible_devices", too_late)
-    code, line = exit_of(lambda: parser.parse_args(["--device", "gpu:1"]), capsys)
+    code, line = exit_of(lambda: parse("--device", "cpu"), capsys)
     assert code == 2
     assert "restart Python" in line
 
@@ -151,45 +104,130 @@ def test_devices(monkeypatch, capsys):
 # --- Folders and results ---
 def test_two_runs_in_one_second(monkeypatch):
     monkeypatch.setattr(episodes_script.time, "strftime", lambda form: "20300101-120000")
-    parser = episodes_script.make_parser("--epochs", default=1)
-    args = episodes_script.parse_flags(parser, [])
-    folders = [episodes_script.Run(args, "CartPole").folder for _ in range(3)]
+    folders = [episodes_script.Run(parse(), "CartPole").folder for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.name.startswith("20300101-120000") for folder in folders)
 
 
-def test_tilde_is_the_home_folder(tmp_path):
-    episodes_script.main([*QUICK, "--logdir", "~/log"])
-    assert (tmp_path / "log" / "double_q_cartpole").exists()
+def test_tilde_is_the_home_folder(tmp_path, one_block):
+    fit_script.main([*FIT, "--logdir", "~/some log"])
+    (folder,) = (tmp_path / "some log" / "resnet_cifar10").iterdir()
+    fit_script.main([f"--resume=~/{folder.relative_to(tmp_path)}", "--epochs", "3"])
+    assert len(json.loads((folder / "results.json").read_text())["arms"]["plain"]["history"]["acc"])
     assert not pathlib.Path("~").exists()
 
 
-@pytest.mark.parametrize("logdir", ["occupied", "/proc/nowhere"])
-def test_a_logdir_that_cannot_be_made(logdir, capsys):
-    pathlib.Path("occupied").touch()
-    code, line = exit_of(lambda: episodes_script.main([*QUICK, "--logdir", logdir]), capsys)
-    assert code == 1
-    assert line.startswith("error: ")
-    assert logdir in line
-
-
-def test_versions_are_the_modules(smoke_run):
-    versions = smoke_run("double_q_cartpole").results["versions"]
-    assert versions == {module.__name__: module.__version__ for module in episodes_script.MODULES}
-
-
-def test_write_replaces_results_in_one_step_and_refuses_nan(capsys):
-    parser = episodes_script.make_parser("--epochs", default=1)
-    run = episodes_script.Run(episodes_script.parse_flags(parser, []), "CartPole")
-    run.results["arms"]["dqn"] = {"final": {"reward": 1.0}}
+def test_records_and_final_numbers():
+    """An epoch that is trained again replaces its record; results.json is soon up to date."""
+    run = fit_script.Run(parse(), "CIFAR-10")
+    kept = lambda: json.loads((run.folder / "results.json").read_text())  # noqa: E731
+    for epoch, value in ((1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25)):
+        run.record("plain", epoch, {"acc": value, "loss": 2 * value})
     run.write()
-    run.results["arms"]["dqn"]["final"]["reward"] = float("nan")
-    code, line = exit_of(run.write, capsys)
-    assert code == 1
-    assert "not finite" in line
-    text = (run.folder / "results.json").read_text()
-    assert json.loads(text)["arms"]["dqn"]["final"]["reward"] == 1.0
+    assert kept()["arms"]["plain"]["history"] == {"acc": [0.1, 0.25], "loss": [0.2, 0.5]}
+    run.record("plain", 3, {"acc": 0.5, "loss": 1.0})
+    assert len(kept()["arms"]["plain"]["history"]["acc"]) == 2  # no second has passed
+    time.sleep(1.1)
+    run.record("plain", 4, {"acc": 0.6, "loss": 0.9})
+    assert kept()["arms"]["plain"]["history"]["acc"] == [0.1, 0.25, 0.5, 0.6]
+    assert 1.1 < kept()["arms"]["plain"]["seconds"] < 60
+    run.conclude("plain", {"parameters": 3})
+    assert kept()["arms"]["plain"]["final"] == {"parameters": 3}
+    assert kept()["complete"] is False
     assert [path.name for path in run.folder.iterdir()] == ["results.json"]
+
+
+def test_the_table_and_the_lines_to_paste(capsys):
+    run = fit_script.Run(parse("--logdir", "a log"), "CIFAR-10")
+    run.record("resnet", 1, {})
+    final = {"acc": 0.73456, "val_acc": 1e-7, "parameters": 1234567, "episodes": None}
+    run.conclude("resnet", final)
+    (run.folder / "resnet.keras").touch()
+    (run.folder / "a.png").touch()
+    capsys.readouterr()
+    assert run.report('x = "y"') == {"resnet": final}
+    lines = capsys.readouterr().out.splitlines()
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line[:6] == "resnet"}
+    assert rows == {  # here, then what the article gives
+        ("resnet", "acc"): ["0.7346", "0.7446"],
+        ("resnet", "val_acc"): ["1e-07", "0.6445"],
+        ("resnet", "parameters"): ["1,234,567", "-"],
+        ("resnet", "episodes"): ["never", "-"],
+    }
+    assert lines[1].split() == ["arm", "metric", "here", "article"]
+    folder = run.folder.as_posix()
+    assert lines[-5:] == [
+        f"{folder}/a.png",
+        "",
+        f'import keras; model = keras.models.load_model("{folder}/resnet.keras")',
+        'x = "y"',
+        f'tensorboard --logdir "{folder}"',
+    ]
+    assert json.loads((run.folder / "results.json").read_text())["complete"] is True
+
+
+def test_versions_are_the_modules():
+    results = episodes_script.Run(parse(), "CartPole").results
+    modules = {module.__name__: module.__version__ for module in episodes_script.MODULES}
+    assert results["versions"] == modules
+    assert set(modules) == {"tensorflow", "keras", "numpy", "gymnasium"}
+
+
+# --- Episodes ---
+def test_final_numbers_are_means_over_the_trainings(monkeypatch):
+    run = episodes_script.Run(parse(), "CartPole")
+    for seed, never in ((3, None), (4, 90)):
+        episodes_script.start_training(run, "dqn", seed)
+        for episode in range(1, 3 + seed):
+            run.record("dqn", episode, {"reward": 10 * seed})
+        run.conclude("dqn", {"reward": seed, "never": None, "at_times": never})
+    episodes_script.compare_rewards(run, "a title")
+    record = run.results["arms"]["dqn"]
+    assert [training["seed"] for training in record["runs"]] == [3, 4]
+    assert record["final"] == {"reward": 3.5, "never": None}  # of a part no mean is made
+    assert record["spread"] == {"reward": pytest.approx(0.5**0.5)}
+    axes = episodes_script.plt.gcf().axes[0]
+    assert axes.get_title() == "a title"
+    mean, *single = [line.get_ydata().tolist() for line in axes.get_lines()]
+    assert mean == [35.0] * 5
+    assert single == [[30.0] * 5, [40.0] * 5]
+    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[1, 2, 3, 4, 5]] * 3
+    assert axes.get_legend().get_texts()[0].get_text() == "dqn, 2 runs"
+    assert (run.folder / "reward.png").exists()
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_play_is_greedy_and_ends_with_the_episode(falls):
+    env = oracles.Scripted(4, falls=falls)
+
+    def predict(state):  # the states are 1, 2, 3, ...: action 0 for even ones
+        return np.array([[0.5, state[0, 0] % 2]])
+
+    states = episodes_script.play(env, predict)
+    assert states[:, 0].tolist() == [1, 2, 3, 4]
+    assert env.actions == [1, 0, 1, 0]  # each chosen in its state
+
+
+def test_gif_shows_a_greedy_episode_and_asks_for_pygame_first(monkeypatch, capsys):
+    from PIL import Image, ImageSequence
+
+    episodes_script.main([*QUICK, "--gif"])
+    (path,) = pathlib.Path("log").rglob("dqn.gif")
+    with Image.open(path) as gif:
+        assert gif.size == (600, 400)
+        assert len(list(ImageSequence.Iterator(gif))) > 4
+    monkeypatch.setattr(episodes_script.importlib.util, "find_spec", lambda name: None)
+    code, line = exit_of(lambda: episodes_script.main([*QUICK, "--gif", "--logdir", "x"]), capsys)
+    assert code == 2
+    assert "pip install pygame" in line
+    assert not pathlib.Path("x").exists()
+
+
+@pytest.mark.parametrize("count", [1, 19, 20, 21, 50])
+def test_moving_average(count):
+    values = np.random.default_rng(0).integers(1, 200, count).tolist()
+    expected = [np.mean(values[max(0, i - 20) : i]) for i in range(1, count + 1)]
+    np.testing.assert_allclose(episodes_script.moving_average(values), expected)
 
 
 # --- Where the scripts run ---
@@ -200,67 +238,78 @@ def test_output_is_line_by_line_and_its_reader_may_go_away(tmp_path):
     assert line.startswith("double_q_cartpole on CartPole")
     process.stdout.close()  # as `| head -1` does
     stderr = process.stderr.read()
-    assert process.wait() == 1
-    (line,) = error_lines(stderr)
-    assert "BrokenPipeError" in line
-    assert "Traceback" not in stderr
+    assert process.wait(helpers.LIMIT) != 0
+    assert "BrokenPipeError" in error_lines(stderr)[0]
+
+
+def test_no_output_and_foreign_settings(tmp_path):
+    """pythonw has no stdout; a keras.json may say jax; a notebook names its backend of figures."""
+    path = ROOT / "mnist_eager_mlp.py"
+    flags = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "1"]
+    code = f"import sys, runpy; sys.stdout = None; sys.argv = ['x.py', *{flags}]"
+    code += f"; runpy.run_path({str(path)!r}, run_name='__main__')"
+    settings = {"KERAS_BACKEND": "jax", "MPLBACKEND": "module://no_such_package.backend"}
+    run = helpers.finish(start(["-c", code], tmp_path, **settings), tmp_path)
+    assert run.code == 0, run.stderr
+    assert run.results["complete"]
 
 
 # --- Faults ---
-def test_no_network(tmp_path):
-    run = run_script("mnist_eager_mlp", ["--epochs", "1"], tmp_path)
+@pytest.mark.parametrize("script", ["mnist_eager_mlp", "metrics_summaries", "resnet_cifar10"])
+def test_no_network_is_the_librarys_own_error_in_one_line(script, tmp_path):
+    run = run_script(script, [], tmp_path)
     assert run.code == 1
     (line,) = error_lines(run.stderr)
     assert "Traceback" not in run.stderr
     assert line.startswith("error: Exception: URL fetch failure")
-    assert "mnist.npz is fetched once (11 MB); --synthetic needs no network" in run.stdout
-    assert "delete" not in line
-    assert "empty" not in line
+    assert f"{tmp_path}/keras/datasets" in run.stdout  # KERAS_HOME is where Keras keeps it
+    assert "--synthetic needs no network" in run.stdout
+    assert not (tmp_path / "log").exists()  # a run that cannot start leaves nothing
 
 
-def in_a_run(error):
-    """Raise an error within a run."""
-    parser = episodes_script.make_parser("--epochs", default=1)
-    with episodes_script.Run(episodes_script.parse_flags(parser, []), "CartPole") as run:
-        run.results["arms"]["dqn"] = {"history": {"reward": [1.0]}}
-        raise error
+RAISE = """
+import runpy, sys, gymnasium
+def make(*args, **options):
+    raise {error}
+gymnasium.make, sys.argv = make, ["x.py", "--epochs", "1"]
+runpy.run_path({path!r}, run_name="__main__")
+"""
 
 
-def interrupted_within_c_code():
-    error = SystemError("returned a result with an exception set")  # as NumPy makes of Ctrl-C
-    error.__cause__ = KeyboardInterrupt()
-    return error
+@pytest.mark.parametrize(
+    ("error", "code", "last_line"),
+    [
+        ("OSError(28, 'No space left', 'x')", 1, "error: OSError: [Errno 28] No space left: 'x'"),
+        ("Exception('URL fetch failure')", 1, "error: Exception: URL fetch failure"),
+        ("KeyboardInterrupt", 130, "interrupted; what was finished is kept"),
+        ("ValueError('a fault')", 1, "ValueError: a fault"),  # nobody foresaw it: see below
+    ],
+)
+def test_faults_of_disk_and_network_are_one_line(error, code, last_line, tmp_path):
+    source = RAISE.format(error=error, path=str(ROOT / "double_q_cartpole.py"))
+    run = helpers.finish(start(["-c", source], tmp_path), tmp_path)
+    assert (run.code, run.stderr.splitlines()[-1]) == (code, last_line)
+    assert ("Traceback" in run.stderr) == error.startswith("ValueError")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), interrupted_within_c_code()])
-def test_an_interruption_keeps_what_was_recorded(error, capsys):
-    code, line = exit_of(lambda: in_a_run(error), capsys)
-    assert code == 130
-    assert line.startswith("interrupted")
-    assert helpers.newest_results(".")[1]["arms"]["dqn"]["history"]["reward"] == [1.0]
+@pytest.mark.parametrize("logdir", ["occupied", "/proc/nowhere"])
+def test_a_logdir_that_cannot_be_made(logdir):
+    pathlib.Path("occupied").touch()
+    with pytest.raises(OSError, match=logdir):
+        episodes_script.main([*QUICK, "--logdir", logdir])
 
 
-def test_a_full_disk_is_one_line_with_its_own_name(capsys):
-    code, line = exit_of(lambda: in_a_run(OSError(28, "No space left on device", "x")), capsys)
-    assert (code, line) == (1, "error: OSError: [Errno 28] No space left on device: 'x'")
-
-
-@pytest.mark.parametrize("error", [SystemError("a fault"), TypeError("a fault"), ValueError("x")])
-def test_what_nobody_foresaw_keeps_its_traceback(error):
-    with pytest.raises(type(error)):
-        in_a_run(error)
-
-
-def test_control_c(tmp_path):
+def test_control_c_keeps_what_was_finished(tmp_path):
     process = start([ROOT / "double_q_cartpole.py", "--epochs", "1000"], tmp_path)
-    wait_for(lambda: "episode 50:" in process.stdout.readline(), process)
+    helpers.wait_for_line("Episode: 50,", process)
     process.send_signal(signal.SIGINT)
     run = helpers.finish(process, tmp_path)
     assert run.code == 130, run.stderr
     assert "Traceback" not in run.stderr
     assert len(error_lines(run.stderr)) == 1
     assert run.results["complete"] is False
-    assert len(run.results["arms"]["dqn"]["history"]["reward"]) >= 50
+    (training,) = run.results["arms"]["dqn"]["runs"]
+    assert len(training["history"]["reward"]) >= 20  # all but those of the last second
 
 
 # --- Going on ---
@@ -274,27 +323,27 @@ def begun(one_block):
 def test_what_resume_refuses(begun, capsys):
     results = (begun / "results.json").read_text()
     resume = ["--resume", str(begun)]
-    cases = {
-        "--seed": ([*resume, "--seed", "5"], results),
-        "No such file": (["--resume", "nowhere"], results),
-        "double_q": (resume, results.replace('"resnet_cifar10"', '"double_q_cartpole"')),
-        "(char ": (resume, results[:100]),
-    }
-    for reason, (flags, text) in cases.items():
+    for flags, text, reason in (
+        ([*resume, "--seed", "5"], results, "--seed: must be as in the run to resume"),
+        (resume, results.replace('"resnet_cifar10"', '"double_q"'), "is a run of double_q.py"),
+    ):
         (begun / "results.json").write_text(text)
         code, line = exit_of(lambda flags=flags: fit_script.main(flags), capsys)
         assert code == 2
         assert reason in line
+    with pytest.raises(FileNotFoundError, match="nowhere"):  # one line, at the end of the file
+        fit_script.main(["--resume", "nowhere"])
 
 
 def test_resume_takes_new_limits_and_keeps_all_else():
-    parser = script.make_parser("--epochs", default=1500)
+    parser = game_script.make_parser("--epochs", default=1500)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--resume")
     config = vars(parser.parse_args(["--max-steps", "300", "--seed", "4"]))
-    pathlib.Path("results.json").write_text(json.dumps({"script": script.SCRIPT, "config": config}))
+    results = {"script": game_script.SCRIPT, "config": config}
+    pathlib.Path("results.json").write_text(json.dumps(results))
     flags = ["--resume", ".", "--max-steps", "600", "--epochs", "9", "--device", "cpu"]
-    args, _ = script.read_run(parser, flags)
+    args, _ = game_script.read_run(parser, flags)
     assert (args.max_steps, args.epochs, args.device, args.seed) == (600, 9, "cpu", 4)
 
 
@@ -308,51 +357,36 @@ def test_resume_trains_only_what_is_missing(begun):
     history = arms["plain"]["history"]
     assert {len(values) for values in history.values()} == {3}
     assert all(history[metric][:2] == before["history"][metric] for metric in history)
+    (resumed, *_) = sorted(begun.glob("resumed-*/plain/train"))
+    steps = [step for step, _ in helpers.events(resumed, "epoch_acc")]
+    assert steps == [2]  # counted from 0: no step stands twice in one folder
 
 
 def test_the_epoch_after_resuming_equals_the_undisturbed_one(one_block, monkeypatch):
     """Weights, Adam's moments and batch norm's averages come back from one file."""
-    # Not dropout's masks and the order of the images: these are drawn anew, and so left out here.
+    # Not dropout's masks and the flips: these are drawn anew, and so left out here.
     linear = fit_script.layers.Activation("linear")
     monkeypatch.setattr(fit_script.layers, "Dropout", lambda rate: linear)
-    make_datasets = fit_script.make_datasets
-
-    def same_batch_each_step(*args):
-        train_dataset, valid_dataset = make_datasets(*args)
-        return train_dataset.take(1).cache().repeat(), valid_dataset
-
-    monkeypatch.setattr(fit_script, "make_datasets", same_batch_each_step)
+    monkeypatch.setattr(fit_script.tf.image, "random_flip_left_right", lambda images: images)
     _, undisturbed = helpers.run_main(fit_script, [*FIT, "--epochs", "3"])
     interrupted, _ = helpers.run_main(fit_script, FIT)
     _, resumed = helpers.run_main(fit_script, ["--resume", str(interrupted), "--epochs", "3"])
-    assert undisturbed["plain"]["history"] == resumed["plain"]["history"]
+    for metric, values in undisturbed["plain"]["history"].items():
+        np.testing.assert_allclose(resumed["plain"]["history"][metric], values, rtol=1e-5)
 
 
-def begin(script, settings):
-    """Return the command that runs a script with some of its constants changed."""
-    return ["-c", f"import {script} as script; {settings}; script.main()"]
-
-
-SHORT_GAMES = (
-    "make_env = script.make_env;"
-    "script.make_env = lambda game: script.gymnasium.wrappers.TimeLimit(make_env(game), 200)"
-)
 # How each is started, its flags, and what its record must have at last
+ONE_BLOCK = "build = script.build_model; script.build_model = lambda arm: build(arm, 1)"
 KILLED = {
     "resnet_cifar10": (
-        begin("resnet_cifar10", "script.NUM_RES_NET_BLOCKS = 1"),
+        ONE_BLOCK,
         [*FIT, "--epochs", "4"],
         lambda record: len(record["history"]["acc"]) == 4,
     ),
     "dueling_q_spaceinvaders": (
-        begin("dueling_q_spaceinvaders", "script.EVALUATION_GAMES = 1"),
+        "script.evaluate = lambda *args: 0.0",
         ["--delay-training", "1500", "--replay-size", "1000", "--max-steps", "1600"],
         lambda record: record["final"]["steps"] == 1600,
-    ),
-    "keras_pg_weighted_ce": (
-        begin("keras_pg_weighted_ce", f"script.BATCH_SIZE = 2; {SHORT_GAMES}"),  # saves every two
-        ["--arms", "agent", "--env", "ALE/Pong-v5", "--epochs", "12"],
-        lambda record: len(record["history"]["reward"]) == 12,
     ),
 }
 
@@ -360,7 +394,8 @@ KILLED = {
 @pytest.mark.parametrize("script", KILLED)
 def test_kill_and_resume(script, tmp_path):
     """Killed twice, in a folder that a glob would not find: no hole in the history, no double."""
-    command, flags, is_whole = KILLED[script]
+    settings, flags, is_whole = KILLED[script]
+    command = ["-c", f"import {script} as script; {settings}; script.main()"]
 
     def recorded():
         _, results = helpers.newest_results(tmp_path)
@@ -370,7 +405,7 @@ def test_kill_and_resume(script, tmp_path):
     flags = [*flags, "--logdir", f"log/a [1] {chr(252)}"]  # an umlaut
     for _ in range(2):
         before, process = recorded(), start([*command, *flags], tmp_path)
-        wait_for(lambda before=before: recorded() > before, process)
+        helpers.wait_for(lambda before=before: recorded() > before, process)
         process.kill()
         process.communicate()
         flags = ["--resume", str(helpers.newest_results(tmp_path)[0])]

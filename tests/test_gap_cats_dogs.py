@@ -1,149 +1,106 @@
-"""gap_cats_dogs.py: data by hand, back ends by hand, its differences from the article."""
+"""gap_cats_dogs.py: photographs and networks by hand, its differences from the article, resuming."""
 
 from unittest import mock
 
+import helpers
 import numpy as np
 import oracles
 import pytest
 import tensorflow as tf
-from helpers import exit_of, run_main
-from oracles import labels_of
 
 import gap_cats_dogs as script
 
 keras = script.keras
-
-ARMS = ["fc", "fc_dropout", "gap", "avgpool"]
-TINY = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "3", "--batch-size", "8"]
-
-
-def numbered(*counts):
-    """Return sets of images of one pixel, with their numbers as labels."""
-
-    def dataset(count):
-        return tf.data.Dataset.range(count).map(lambda i: (tf.zeros((1, 1, 3), tf.uint8), i))
-
-    return [dataset(count) for count in counts]
-
-
-def first_weights(arm, seed=0):
-    keras.utils.set_random_seed(seed)
-    return script.build_model(arm).layers[0].get_weights()
+TINY = ["--synthetic", "--arms", "gap", "--steps-per-epoch", "3", "--batch-size", "8", "--epochs"]
+SETTINGS = "scale filters units pool_size kernel_size strides padding momentum rate activation"
+BLOCK = "Conv2D {} (3, 3) (1, 1) valid linear|BatchNormalization True 0.99|Activation relu|"
+BLOCK += "MaxPooling2D (2, 2) (2, 2) valid|"
+HEAD = f"Rescaling {1 / 255}|" + BLOCK.format(32) * 2 + BLOCK.format(64)
+DENSE = "BatchNormalization True 0.99|Dense 100 relu|"
+BACK_ENDS = [
+    ("fc", f"Flatten|{DENSE}{DENSE}"),
+    ("fc_dropout", f"Flatten|{DENSE}Dropout 0.5|{DENSE}"),
+    ("avgpool", "AveragePooling2D (2, 2) (2, 2) valid|Flatten|"),
+    ("gap", "GlobalAveragePooling2D|"),  # difference 6: in the article it has that of avgpool
+]
 
 
-# --- Model ---
-def test_difference_1_heads_are_alike_and_apart():
-    heads = [first_weights(arm) for arm in ARMS]
-    for head in heads[1:]:
-        oracles.assert_same(heads[0], head)
-    assert not np.array_equal(first_weights("gap", seed=1)[0], heads[0][0])
-    models = [script.build_model(arm) for arm in ("fc", "gap")]
-    assert models[0].layers[0] is not models[1].layers[0]
+@pytest.mark.parametrize(("arm", "back_end"), BACK_ENDS)
+def test_networks_and_loss_are_the_articles_and_difference_5_heads_start_alike(arm, back_end):
+    models, network = [], ""
+    for name in ("gap", arm):
+        keras.utils.set_random_seed(0)
+        models.append(script.build_model(name))
+    oracles.assert_same(*[model.layers[0].get_weights() for model in models])
+    for layer in models[1].layers[0].layers + models[1].layers[1].layers:
+        config = layer.get_config()
+        settings = [str(config[name]) for name in SETTINGS.split() if name in config]
+        network += " ".join([type(layer).__name__, *settings]) + "|"
+    assert network == f"{HEAD}{back_end}Dense 1 sigmoid|"
+    images, labels = np.random.default_rng(0).integers(0, 256, (5, 100, 100, 3)), np.arange(5) % 2
+    right = np.abs(1 - labels - models[1](images).numpy()[:, 0])  # what each true label gets
+    loss, _ = models[1].evaluate(images, labels, verbose=0)
+    assert loss == pytest.approx(-np.log(right).mean(), rel=1e-4)
+    assert models[1].optimizer.get_config()["learning_rate"] == pytest.approx(0.001)
 
 
-def test_difference_1_one_arm_alone_gives_what_it_gives_after_another(small):
-    _, after_another = run_main(script, [*TINY, "--arms", "gap", "avgpool"])
-    folder, alone = run_main(script, [*TINY, "--arms", "avgpool"])
-    assert list(alone) == ["avgpool"]
-    assert alone["avgpool"]["history"] == after_another["avgpool"]["history"]
-    saved = keras.models.load_model(folder / "avgpool.keras").layers[0].get_weights()
-    assert oracles.smallest_move(saved, first_weights("avgpool")) > 0  # the head is trained too
+def fitted(*flags):
+    """Return the network, data and options that `fit` gets; the photographs' labels count them."""
+    make = tf.data.Dataset.from_tensor_slices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "synthetic_photographs", lambda n: make(oracles.numbered(n, 1, 1, 3)))
+        fit = mock.create_autospec(keras.Model.fit, side_effect=EOFError)
+        patch.setattr(keras.Model, "fit", fit)
+        pytest.raises(EOFError, script.main, flags)
+    return *fit.call_args.args, fit.call_args.kwargs
 
 
-@pytest.mark.parametrize("arm", ["gap", "avgpool"])
-def test_difference_2_pooled_back_ends_by_hand(arm):
-    back_end = script.build_model(arm).layers[1]
-    maps = np.random.default_rng(0).normal(size=(3, 10, 10, 64)).astype("float32")
-    weights, bias = back_end.get_weights()
-    if arm == "gap":
-        pooled = maps.mean((1, 2))
-    else:
-        pooled = maps.reshape(3, 5, 2, 5, 2, 64).mean((2, 4)).reshape(3, 1600)
-    assert weights.shape == (pooled.shape[1], 1)
-    expected = 1 / (1 + np.exp(-(pooled @ weights + bias)))
-    np.testing.assert_allclose(back_end(maps), expected, rtol=1e-4)
-
-
-def test_networks_are_the_articles():
-    head = (27 * 32 + 32) + (9 * 32 * 32 + 32) + (9 * 32 * 64 + 64) + 4 * (32 + 32 + 64)
-    dense = 4 * 6400 + (6400 * 100 + 100) + 4 * 100 + (100 * 100 + 100) + 101
-    behind = {"fc": dense, "fc_dropout": dense, "gap": 65, "avgpool": 1601}
-    for arm in ARMS:
-        model = script.build_model(arm)
-        assert model.input_shape == (None, 100, 100, 3)
-        assert model.layers[0].output_shape == (None, 10, 10, 64)
-        assert model.output_shape == (None, 1)
-        assert [layer.count_params() for layer in model.layers] == [head, behind[arm]]
-    kinds = {a: [type(x).__name__ for x in script.build_model(a).layers[1].layers] for a in ARMS}
-    kinds["fc"].insert(4, "Dropout")  # behind the first ReLU
-    assert kinds["fc"] == kinds["fc_dropout"]
-
-
-def test_the_head_divides_by_255():
-    head = script.build_head()
-    rest = keras.Sequential([keras.Input((100, 100, 3)), *head.layers[1:]])
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 100, 100, 3), dtype="uint8")
-    expected = rest(pixels.astype("float32") / 255)
-    np.testing.assert_allclose(head(pixels), expected, rtol=1e-4, atol=1e-5)
-
-
-# --- Data ---
-def test_difference_3_validation_and_test_see_each_image_once():
-    _, valid_dataset, test_dataset = script.make_datasets(numbered(64, 601, 33), 8, 64, seed=0)
-    assert sum(labels_of(valid_dataset), []) == list(range(601))
-    assert sum(labels_of(test_dataset), []) == list(range(33))
-
-
-@pytest.mark.parametrize("no_cache", [False, True])
-def test_differences_4_to_6_of_a_run(monkeypatch, small, no_cache):
-    """It decodes once, shuffles all, and tests; without the cache a wide window takes too long."""
-    decoded, windows = oracles.watch_photographs(script, monkeypatch)
-    flags = ["--synthetic", "--epochs", "2", "--batch-size", "8", "--arms", "gap", "avgpool"]
-    folder, _ = run_main(script, [*flags, *["--no-cache"] * no_cache])
-    in_cache = 80 + 9 + 10 + 2  # and the two samples, which are drawn before
-    assert (len(decoded) == in_cache) != no_cache
-    assert windows == [1000 if no_cache else 80] * 2
-    oracles.check_test_accuracy(script, 10)
-    model = keras.models.load_model(folder / "gap.keras")
-    assert int(model.optimizer.iterations) == 2 * ((80 + 9 + 10) // 8)  # what all sets would fill
-
-
-def test_difference_5_rounding_moves_a_pixel_by_half_a_level():
-    rng = np.random.default_rng(0)
-    for shape in ((375, 500, 3), (61, 40, 3)):
-        image = tf.constant(rng.integers(0, 256, shape, dtype="uint8"))
-        ours, label = script.pre_process_image(image, 7)
-        # the article's order: to float, divide, resize
-        article = tf.image.resize(tf.cast(image, tf.float32) / 255.0, (100, 100))
-        assert (ours.dtype, ours.shape, label) == (tf.uint8, (100, 100, 3), 7)
-        difference = np.abs(ours.numpy() / 255 - article.numpy())
-        assert 0.3 / 255 < difference.max() <= 0.5001 / 255
-
-
-def test_difference_6_all_images_are_shuffled_together():
-    sets = numbered(3000, 1, 1)
-    first, _ = oracles.check_shuffle(
-        lambda seed: script.make_datasets(sets, 20, 3000, seed)[0], 3000, 20
-    )
+def test_differences_1_and_4_each_image_once_and_all_shuffled_together(small, monkeypatch):
+    monkeypatch.setattr(script, "SYNTHETIC_COUNTS", (3000, 601, 33))
+    flags = ["--synthetic", "--batch-size", "20", "--seed"]
+    first, _ = oracles.check_shuffle(lambda seed: fitted(*flags, str(seed))[1], 3000, 20)
     assert max(first[0]) > 1000 + 20  # which a window of 1,000 cannot reach
+    _, _, options = fitted(*flags, "0")
+    valid = oracles.labels_of(options["validation_data"])
+    assert (sum(valid, []), len(valid[0])) == (list(range(601)), 240)
+    assert options["steps_per_epoch"] == (3000 + 601 + 33) // 20
 
 
-def test_splits_share_no_image_and_leave_none_out(monkeypatch):
-    monkeypatch.setattr(script.tfds, "load", lambda name, **options: (name, options))
-    args = script.argparse.Namespace(synthetic=False, data_dir="here")
-    split = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
-    options = {"split": split, "as_supervised": True, "data_dir": "here"}
-    assert script.load_data(args) == ("cats_vs_dogs", options)
+def test_a_resumed_run_goes_on_with_the_images_that_follow(small):
+    folder, _ = helpers.run_main(script, [*TINY, "1"])
+    shown = oracles.labels_of(fitted(*TINY, "2")[1], 6)
+    _, train, options = fitted("--resume", str(folder), "--epochs", "2")
+    assert shown[:3] != shown[3:] == oracles.labels_of(train, 3)
+    assert options["initial_epoch"] == 1
 
 
-def test_faults_of_tfds_are_one_line(monkeypatch, capsys):
-    """The second is Colab's, where a cell before has imported it, with tensorflow-metadata 1.21."""
-    monkeypatch.setattr(script.tfds, "load", mock.Mock(side_effect=ConnectionError("no route")))
-    code, line = exit_of(lambda: script.main([]), capsys)
-    assert code == 1
-    assert line.startswith("error: no cats_vs_dogs (ConnectionError: no route)")
-    assert "--synthetic" in line
-    monkeypatch.delattr(script.tfds, "load")
-    code, line = exit_of(lambda: script.main([]), capsys)
-    assert code == 1
-    assert 'pip install "tensorflow-metadata<1.18"' in line
+def test_difference_3_images_are_decoded_once_and_rounded(monkeypatch, small):
+    image = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype="uint8")
+    ours, _ = script.pre_process_image(image, 0)
+    article = tf.image.resize(tf.cast(image, tf.float32) / 255.0, (44, 44))
+    assert ours.dtype == tf.uint8
+    assert 0.3 / 255 < np.abs(ours.numpy() / 255 - article.numpy()).max() <= 0.5001 / 255
+    monkeypatch.setattr(script, "pre_process_image", lambda *_: (ours, tf.random.uniform([])))
+    labels = sum(oracles.labels_of(fitted(*TINY, "1")[1], 20), [])
+    assert sorted(labels[:80]) == sorted(labels[80:])  # the second pass has those of the first
+
+
+def test_differences_2_and_5_networks_are_trained_apart(small):
+    first, other = [fitted(*TINY, "1", "--seed", seed)[0].get_weights() for seed in "01"]
+    assert np.any(first[0] != other[0])
+    _, alone = helpers.run_main(script, [*TINY, "2"])
+    folder, both = helpers.run_main(script, [*TINY, "2", "--arms", "avgpool", "gap"])
+    assert both["gap"]["history"] == alone["gap"]["history"]
+    trained = keras.models.load_model(folder / "gap.keras").get_weights()
+    assert oracles.smallest_move(trained, first) > 0  # the head too
+    oracles.check_test_accuracy(script, 10)
+
+
+def test_load_data_takes_all_images_and_turns_faults_into_a_line(monkeypatch, tmp_path, capsys):
+    fault = script.tfds.download.DownloadError("HTTP code: 404.")
+    monkeypatch.setattr(script.tfds, "load", load := mock.Mock(side_effect=fault))
+    line = helpers.exit_of(lambda: script.main([]), capsys)
+    assert line == (1, "error: no cats_vs_dogs: DownloadError: HTTP code: 404.")
+    assert not (tmp_path / "log").exists()
+    splits = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
+    load.assert_called_once_with("cats_vs_dogs", split=splits, as_supervised=True)

@@ -1,5 +1,8 @@
-"""mnist_eager_mlp.py against NumPy, and each of its differences from the article."""
+"""mnist_eager_mlp.py: a whole training against NumPy, the small graph, each difference."""
 
+from unittest import mock
+
+import helpers
 import numpy as np
 import oracles
 import pytest
@@ -7,104 +10,86 @@ import tensorflow as tf
 
 import mnist_eager_mlp as script
 
+RUN = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "4", "--batch-size", "9"]
+
 
 def numpy_step(images, labels, weights, moments, step):
-    """One step of Adam on the network, in float64: forward, gradient and update by hand."""
-    outputs, rows = oracles.mlp(images.reshape(len(images), -1), weights), np.arange(len(labels))
+    """Take a step of Adam in float64, forward, gradient and update by hand; return the loss."""
+    outputs = oracles.mlp(images.reshape(9, -1), weights)
     probabilities = oracles.softmax(outputs[-1])
-    loss = -np.log(probabilities[rows, labels]).mean()
-    delta = (probabilities - np.eye(10)[labels]) / len(labels)
-    gradients = oracles.mlp_gradients(outputs, weights, delta)
+    gradients = oracles.mlp_gradients(outputs, weights, (probabilities - np.eye(10)[labels]) / 9)
     # the paper's faster form, which Keras uses: epsilon is not corrected for the start
     rate = 0.001 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
     for i, gradient in enumerate(gradients):
         m, v = moments[i]
         moments[i] = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         weights[i] = weights[i] - rate * moments[i][0] / (np.sqrt(moments[i][1]) + 1e-7)
-    return loss
+    return -np.log(probabilities[np.arange(9), labels]).mean()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
-def test_training_steps_equal_numpy(compiled):
-    script.keras.utils.set_random_seed(3)
-    weights = script.build_model()
-    expected = [weight.numpy().astype("float64") for weight in weights]
-    moments = [(0.0, 0.0)] * 4
-    optimizer = script.keras.optimizers.Adam()
-    optimizer.build(weights)
-    step = tf.function(script.train_step, jit_compile=True) if compiled else script.train_step
-    rng = np.random.default_rng(0)
-    for i in range(1, 6):
-        images, labels = rng.uniform(size=(8, 28, 28)).astype("float32"), rng.integers(0, 10, 8)
-        loss = step(tf.constant(images), tf.constant(labels), weights, optimizer)
-        assert float(loss) == pytest.approx(numpy_step(images, labels, expected, moments, i), 1e-5)
-        # Adam divides a gradient by its own size: where it is all but zero, rounding shows
-        for weight, value in zip(weights, expected):
-            assert np.abs(weight.numpy() - value).max() < 2e-5 * i
+@pytest.mark.parametrize("flags", [[], ["--compile"]], ids=["eager", "compile"])
+def test_a_training_equals_numpy(flags):
+    """Network, loss, Adam, batches, the mean of an epoch, accuracy, what is written and saved."""
+    folder, arms = helpers.run_main(script, RUN + flags)
+    (x_train, y_train), (x_test, y_test) = script.load_data(True)
+    script.keras.utils.set_random_seed(0)
+    weights = [weight.numpy().astype("float64") for weight in script.build_model()]
+    moments, losses, accuracies = [(0.0, 0.0)] * 4, [], []
+    for step in range(1, 9):
+        idxs = np.random.randint(0, 2000, 9)  # with replacement
+        losses.append(numpy_step(x_train[idxs] / 255, y_train[idxs], weights, moments, step))
+        digits = oracles.mlp(x_test.reshape(500, -1) / 255, weights)[-1].argmax(1)
+        accuracies.append(np.mean(digits == y_test))
+    history = arms["mlp"]["history"]
+    np.testing.assert_allclose(history["loss"], np.reshape(losses, (2, 4)).mean(1), rtol=1e-4)
+    np.testing.assert_allclose(history["accuracy"], accuracies[3::4], atol=1.5 / 500)
+    assert list(arms["mlp"]["final"].values()) == [values[1] for values in history.values()]
+    # Adam divides a gradient by its own size: where it is all but zero, rounding shows
+    oracles.assert_same(np.load(folder / "mlp.npz").values(), weights, atol=2e-4)
+    for tag, values in history.items():
+        written = [(i, pytest.approx(value)) for i, value in enumerate(values, 1)]
+        assert helpers.events(folder / "mlp", tag) == written
 
 
 def test_initial_weights():
-    script.keras.utils.set_random_seed(0)
-    W1, b1, W2, b2 = script.build_model()
-    assert [w.shape.as_list() for w in (W1, b1, W2, b2)] == [[784, 300], [300], [300, 10], [10]]
-    assert np.std(W1.numpy()) == pytest.approx(0.03, rel=0.02)
-    assert np.std(W2.numpy()) == pytest.approx(0.03, rel=0.1)
-    assert np.std(b1.numpy()) == pytest.approx(1.0, rel=0.15)
+    weights = [weight.numpy() for weight in script.build_model()]
+    assert [weight.shape for weight in weights] == [(784, 300), (300,), (300, 10), (10,)]
+    for weight, deviation in zip(weights, (0.03, 1, 0.03, 1)):
+        assert weight.std() == pytest.approx(deviation, rel=4 / np.sqrt(2 * weight.size))
 
 
 def test_simple_example_by_hand(tmp_path, capsys):
     script.show_simple_example(tmp_path)
-    printed = capsys.readouterr().out.replace(".", "")
-    steps = ["a is 90", "[ 3  6  9 12 15 18 21 24 27 30]", "[ 3 33  9 12 15 18 21 24 27 30]"]
-    steps += ["[ 3 33  9 12 15 18 33 33 33 30]", "[2 3 4]", "[0 1 0 0 0 0 0 0 0 0]"]
-    places = [printed.index(step) for step in steps]
-    assert places == sorted(places)
+    *printed, piece = capsys.readouterr().out.replace("Variable a is ", "").splitlines()
+    b, expected = np.arange(10.0), ["9.0", "9.0"]  # in the long form, and in shorthand
+    for places in ([], [1], [6, 7, 8]):
+        b[places] = 10
+        expected.append(str(3 * (b + 1)))
+    assert [line for line in printed if "tf.Variable" not in line] == expected
+    assert "[2 3 4]" in piece
+    graph = helpers.read_events(tmp_path / "simple_graph").Graph()
+    assert {"d", "e", "a"} <= {node.name for node in graph.node}
 
 
-def test_get_batch_draws_pairs_with_replacement():
-    np.random.seed(0)
-    x, y = np.arange(50.0).reshape(50, 1, 1), np.arange(50)
-    batch_x, batch_y = script.get_batch(x, y, 2000)
-    assert np.array_equal(batch_x[:, 0, 0], batch_y)
-    assert np.bincount(batch_y, minlength=50).min() > 15
+def test_difference_1_images_are_float32_constants_from_0_to_1(monkeypatch):
+    monkeypatch.setattr(script, "nn_model", nn_model := mock.Mock(wraps=script.nn_model))
+    script.main(RUN)
+    for (images, *_), _ in nn_model.call_args_list:
+        assert (images.dtype, isinstance(images, tf.Variable)) == (tf.float32, False)
+        assert 0 <= np.min(images) < 0.1 < 0.9 < np.max(images) <= 1
 
 
-def test_differences_1_to_4_and_a_run_that_learns(monkeypatch, tmp_path):
-    inputs, eager_updates = [], []
-    nn_model, adam_apply = script.nn_model, script.keras.optimizers.Adam.apply
-
-    def watched_model(x_input, *weights):
-        inputs.append((x_input, x_input.shape[0], tf.executing_eagerly()))
-        return nn_model(x_input, *weights)
-
-    def watched_apply(self, gradients, trainable_variables=None):
-        eager_updates.append(tf.executing_eagerly())
-        return adam_apply(self, gradients, trainable_variables)
-
-    monkeypatch.setattr(script, "nn_model", watched_model)
-    monkeypatch.setattr(script.keras.optimizers.Adam, "apply", watched_apply)
-    flags = ["--synthetic", "--epochs", "2", "--batch-size", "99"]
-    eager = script.main(flags)["mlp"]
-    assert {x_input.dtype for x_input, _, _ in inputs} == {tf.float32}
-    assert not any(isinstance(x_input, tf.Variable) for x_input, _, _ in inputs)
-    in_training = [eagerly for _, size, eagerly in inputs if size == 99]
-    assert in_training == [True] * 2 * (2000 // 99)
-    assert eager_updates == [False]  # traced once, for all steps
-    assert eager["test_accuracy"] > 0.9  # of ten classes
-    assert eager["loss"] < eager["first_loss"]
-    (path,) = tmp_path.glob("log/*/*/mlp.npz")
-    script.keras.utils.set_random_seed(0)
-    for weight, saved in zip(script.build_model(), np.load(path).values()):
-        assert np.abs(saved - weight.numpy()).max() > 1e-3
-
-    inputs.clear()
-    compiled = script.main([*flags, "--compile"])["mlp"]
-    assert [eagerly for _, size, eagerly in inputs if size == 99] == [False]
-    assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-3)
+@pytest.mark.parametrize(("flags", "times"), [([], 8), (["--compile"], 1)])
+def test_differences_2_and_3_what_is_compiled_runs_once_in_python(flags, times, monkeypatch):
+    adam, update = script.keras.optimizers.Adam, script.keras.optimizers.Adam.apply_gradients
+    monkeypatch.setattr(script, "nn_model", nn_model := mock.Mock(wraps=script.nn_model))
+    with mock.patch.object(adam, "apply_gradients", autospec=True, side_effect=update) as updates:
+        script.main(RUN + flags)
+    assert updates.call_count == 1
+    assert [x.shape[0] for (x, *_), _ in nn_model.call_args_list].count(9) == times
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
-def test_claim_98_percent(flags):
-    """Ten epochs on the real images; the article's record is 0.98."""
+def test_claim_98_percent(flags):  # ten epochs on the real images
     assert script.main(flags)["mlp"]["test_accuracy"] > 0.975

@@ -1,4 +1,7 @@
-"""reinforce_cartpole.py: returns and gradients by hand, the trap, the differences it lists."""
+"""reinforce_cartpole.py, and where it does the same keras_pg_weighted_ce.py: the update, the trap.
+
+The training of both is tested in test_keras_pg_weighted_ce.py.
+"""
 
 import numpy as np
 import oracles
@@ -6,138 +9,98 @@ import pytest
 import tensorflow as tf
 from helpers import run_main
 
-import reinforce_cartpole as script
+import keras_pg_weighted_ce
+import reinforce_cartpole
 
-keras = script.keras
-
-
-def episode(length, seed=0):
-    """Return states (length, 4), actions and returns (length,), made up."""
-    rng = np.random.default_rng(seed)
-    states = rng.normal(size=(length, 4)).astype("float32")
-    return states, rng.integers(0, 2, length), rng.normal(size=length)
+keras = reinforce_cartpole.keras
+BOTH = pytest.mark.parametrize("script", [reinforce_cartpole, keras_pg_weighted_ce])
 
 
-def new_network():
+@BOTH
+def test_network_and_difference_2_its_loss(script):
+    network = script.build_model()
+    layers = [(x.units, x.activation.__name__, type(x.kernel_initializer)) for x in network.layers]
+    hidden = (30, "relu", keras.initializers.HeNormal)
+    assert layers == [hidden, hidden, (2, "softmax", keras.initializers.GlorotUniform)]
+    sparse = "sparse_" if script is reinforce_cartpole else ""
+    assert network.loss == f"{sparse}categorical_crossentropy"
+    assert isinstance(network.optimizer, keras.optimizers.Adam)
+    assert float(network.optimizer.learning_rate) == pytest.approx(0.001)
+
+
+@BOTH
+def test_actions_are_drawn_as_by_numpys_choice(script):
+    p = np.array([[0.3, 0.7]], "float32")
+    keras.utils.set_random_seed(0)
+    drawn = [script.get_action(lambda states: tf.constant(p), np.zeros(4)) for _ in range(500)]
+    keras.utils.set_random_seed(0)
+    assert drawn == [np.random.choice(2, p=p[0]) for _ in range(500)]
+
+
+def gradient_of_update(script, rewards, states, actions):
+    """Return a network's weights, the loss of an update, and the gradient that it climbs down."""
     keras.utils.set_random_seed(1)
-    return script.build_model()
+    network = script.build_model()
+
+    def update(sgd):
+        network.compile(sgd, network.loss)
+        return script.update_network(network, rewards, states, actions)
+
+    return network.get_weights(), *oracles.gradient_of(network, update)
 
 
-def gradient_of_update(network, *episode):
-    """Return the loss of an episode, and what update_network climbs down."""
-    tensors = script.pad_episode(*episode)
-    return oracles.gradient_of(network, lambda sgd: script.update_network(network, sgd, *tensors))
+@pytest.mark.parametrize("length", [2, 7, 200])
+def test_difference_1_gradient_by_hand_and_the_same_in_both_scripts(length):
+    rng = np.random.default_rng(length)
+    states = list(rng.normal(size=(length, 4)).astype("float32"))
+    rewards, actions = rng.normal(size=length).tolist(), rng.integers(0, 2, length).tolist()
+    returns = [sum(0.95**k * r for k, r in enumerate(rewards[t:])) for t in range(length)]
+    returns = (returns - np.mean(returns)) / np.std(returns)
+    for script in (reinforce_cartpole, keras_pg_weighted_ce):
+        weights, loss, gradient = gradient_of_update(script, rewards, states, actions)
+        # -mean(G log p(a|s)), in float64, forward and back by hand
+        outputs = oracles.mlp(states, weights)
+        p = oracles.softmax(outputs[-1])
+        expected_loss = -np.mean(returns * np.log(p[range(length), actions]))
+        delta = returns[:, None] * (p - np.eye(2)[actions]) / length
+        expected = oracles.mlp_gradients(outputs, weights, delta)
+        assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+        for part, other in zip(gradient, expected, strict=True):
+            np.testing.assert_allclose(part, other, atol=2e-6 * np.abs(other).max() + 1e-6)
 
 
-def test_returns_of_the_articles_four_steps():
-    # G3 = 4, G2 = 3 + 4/2, G1 = 2 + 3/2 + 4/4, G0 = 1 + 2/2 + 3/4 + 4/8
-    assert script.discounted_returns([1, 2, 3, 4], 0.5).tolist() == [3.25, 4.5, 5.0, 4.0]
-    assert script.discounted_returns([1, 2, 3, 4], 0).tolist() == [1, 2, 3, 4]
-    assert script.discounted_returns([1, 2, 3, 4], 1).tolist() == [10, 9, 7, 4]
+def test_difference_1_the_trap_has_the_right_loss_and_the_wrong_gradient():
+    """The section's numbers. Should Keras mend its fused gradient, this test will say so."""
+    returns, one_hot = np.array([3.0, 1, 0, -1, -2]), np.eye(2)[[0, 0, 1, 0, 1]]
+    network = keras.Sequential([keras.layers.Dense(2, "softmax", kernel_initializer="zeros")])
+    network.compile(keras.optimizers.SGD(1.0), "categorical_crossentropy")
+    loss = network.train_on_batch(np.ones((5, 4)), returns[:, None] * one_hot)
+    assert float(loss) == pytest.approx(np.mean(returns) * np.log(2))  # nothing looks wrong
+    right = np.mean(returns[:, None] * (one_hot - 0.5), axis=0)
+    assert right.tolist() == [0.5, -0.5]
+    message = "return * one_hot(action) is right in this Keras: change the comment under Algorithm"
+    np.testing.assert_allclose(network.get_weights()[1], [0.1, -0.9], 1e-5, err_msg=message)
 
 
-def test_standardise_by_hand():
-    np.testing.assert_allclose(script.standardise(np.array([1.0, 3.0])), [-1, 1])
-    root = np.sqrt(1.5)  # of 0, 1, 2 the variance is 2 / 3
-    np.testing.assert_allclose(script.standardise(np.array([0.0, 1.0, 2.0])), [-root, 0, root])
-
-
-def test_network_is_the_articles():
-    network = new_network()
-    assert [w.shape for w in network.get_weights()[::2]] == [(4, 30), (30, 30), (30, 2)]
-    np.testing.assert_allclose(np.sum(network(episode(9)[0]), axis=1), 1, rtol=1e-6)  # softmax
-    hidden = np.concatenate([script.build_model().get_weights()[2].ravel() for _ in range(20)])
-    assert np.std(hidden) == pytest.approx(np.sqrt(2 / 30), rel=0.02)  # He: sqrt(2 / inputs)
-
-
-def test_actions_follow_the_policy():
-    network = new_network()
-    policy, _ = script.compile_agent(network)
-    state = np.array([0.3, -1.0, 0.2, 2.0], "float32")
-    probabilities = network(state[None]).numpy()[0]
-    drawn = [script.get_action(policy, state) for _ in range(2000)]
-    assert np.mean(drawn) == pytest.approx(probabilities[1], abs=0.05)  # four standard errors
-    network.set_weights([weight * 0 for weight in network.get_weights()])
-    np.testing.assert_allclose(policy(tf.constant(state[None])), [[0.5, 0.5]])  # sees new weights
-
-
-# --- Differences from the article ---
-@pytest.mark.parametrize("length", [1, 7, 200])
-def test_differences_1_and_3_the_gradient_is_the_score_functions(length):
-    """The episode is padded to 200 steps, and the oracle's is not."""
-    network, (states, actions, returns) = new_network(), episode(length)
-    loss, gradient = gradient_of_update(network, states, actions, returns)
-    # -mean(G log p(a|s)), in float64, forward and back by hand
-    outputs, rows = oracles.mlp(states, network.get_weights()), np.arange(length)
-    p = oracles.softmax(outputs[-1])
-    expected_loss = -np.mean(returns * np.log(p[rows, actions]))
-    delta = returns[:, None] * (p - np.eye(2)[actions]) / length
-    expected = oracles.mlp_gradients(outputs, network.get_weights(), delta)
-    assert float(loss) == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
-    for part, other in zip(gradient, expected, strict=True):
-        np.testing.assert_allclose(part, other, atol=2e-6 * np.abs(other).max() + 1e-6)
-
-
-def test_difference_1_the_trap_by_hand():
-    """The docstring's numbers. Should Keras mend its fused gradient, this test will say so."""
-    states, actions = np.ones((5, 4), "float32"), np.array([0, 0, 1, 0, 1])
-    returns = np.array([3, 1, 0, -1, -2], "float32")
-    inputs = keras.Input((4,))
-    outputs = keras.layers.Dense(2, activation="softmax", kernel_initializer="zeros")(inputs)
-    network = keras.Model(inputs, outputs)
-    loss, (_, right) = gradient_of_update(network, states, actions, returns)
-    assert float(loss) == pytest.approx(np.mean(returns) * np.log(2))
-    np.testing.assert_allclose(right, [-0.5, 0.5], atol=1e-6)
-    network.compile(loss="categorical_crossentropy", optimizer=keras.optimizers.SGD(1.0))
-    trap_loss = network.train_on_batch(states, returns[:, None] * np.eye(2)[actions])
-    assert float(trap_loss) == pytest.approx(loss)  # nothing looks wrong
-    message = "return * one_hot(action) is right in this Keras: tell so in the docstring"
-    np.testing.assert_allclose(-network.get_weights()[1], [-0.1, 0.9], 1e-5, err_msg=message)
-
-
-def test_an_agent_learns():
-    final = script.main(["--epochs", "200", "--seed", "2"])["reinforce"]
-    assert final["reward"] > 100  # chance gives 22, and so does the trap
-
-
-def test_difference_2_equal_returns_teach_nothing():
-    assert script.standardise(np.full(3, 7.5)).tolist() == [0, 0, 0]
-    network = new_network()
-    returns = script.standardise(script.discounted_returns([1.0], 0.95))  # an episode of one step
-    loss, gradient = gradient_of_update(network, np.ones((1, 4), "float32"), [1], returns)
+@BOTH
+@pytest.mark.parametrize("rewards", [[1.0], [2.0, 2.0, 2.0]])
+def test_difference_3_equal_returns_teach_nothing(script, monkeypatch, rewards):
+    monkeypatch.setattr(script, "GAMMA", 0)
+    states, actions = [np.ones(4, "float32")] * len(rewards), [1] * len(rewards)
+    _, loss, gradient = gradient_of_update(script, rewards, states, actions)
     assert loss == 0
     assert not any(part.any() for part in gradient)
 
 
-def test_difference_3_one_update_fits_all_episodes(monkeypatch):
-    traced, update_network = [], script.update_network
-
-    def watched(network, optimizer, *tensors):
-        traced.append(tensors[0].shape)
-        return update_network(network, optimizer, *tensors)
-
-    monkeypatch.setattr(script, "update_network", watched)
-    folder, arms = run_main(script, ["--epochs", "20"])
-    assert len(set(arms["reinforce"]["history"]["reward"])) > 5  # many lengths
-    assert traced == [(200, 4)]  # and one shape
-    saved = keras.models.load_model(folder / "reinforce.keras")
-    keras.utils.set_random_seed(0)
-    first = script.build_model().get_weights()
-    assert oracles.smallest_move(saved.get_weights(), first) > 1e-4  # it has learned
-
-
-def test_difference_4_it_ends(monkeypatch):
-    """Max-steps cut the last episode; the reward is the mean of the last hundred."""
-    _, arms = run_main(script, ["--epochs", "150", "--max-steps", "2000"])
-    rewards = arms["reinforce"]["history"]["reward"]
-    assert sum(rewards) == 2000  # a reward of one a step
-    assert 100 < len(rewards) < 150
-    assert arms["reinforce"]["final"]["reward"] == pytest.approx(np.mean(rewards[-100:]))
+def test_an_agent_learns():
+    final = reinforce_cartpole.main(["--epochs", "200", "--seed", "2"])["reinforce"]
+    assert final["reward"] > 100  # chance gives 22, and so does the trap
 
 
 @pytest.mark.slow
-def test_claim_rewards_climb_with_high_variance():
+@BOTH
+def test_claim_rewards_climb_with_high_variance(script):
     """The article's 1,500 episodes, five seeds: all end near 200, and on the way differ widely."""
-    runs = run_main(script, ["--runs", "5"])[1]["reinforce"]["runs"]
+    runs = list(run_main(script, ["--runs", "5"])[1].values())[-1]["runs"]
     assert min(run["final"]["reward"] for run in runs) > 150
     assert np.std([np.mean(run["history"]["reward"][300:500]) for run in runs], ddof=1) > 10
