@@ -65,6 +65,7 @@ def show_simple_example(folder):
     print(f"Variable a is {a.numpy()}")
     with tf.summary.create_file_writer(str(folder / "simple_graph")).as_default():
         tf.summary.graph(tf.function(simple_graph).get_concrete_function(b, c, const).graph)
+
     b = tf.Variable(np.arange(0, 10), name="b")
     print(b)
     print(f"Variable a is {simple_graph(tf.cast(b, tf.float32), c, const).numpy()}")

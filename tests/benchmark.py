@@ -8,6 +8,7 @@ takes as long on noise. Leave the machine alone meanwhile. stable-baselines3's r
 where it cannot be imported, by this Python or by the one that SB3_PYTHON names.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -73,12 +74,13 @@ def mnist():
             optimizers["article"].apply_gradients(zip(gradients, weights["article"]))
 
     def runner(name, step):
-        optimizers[name].apply = tf.function(optimizers[name].apply)
+        apply, own = optimizers[name].apply_gradients, weights[name]
+        update = tf.function(lambda gradients: apply(zip(gradients, own)))
 
         def run():
             for _ in range(steps):
                 batch_x, batch_y = script.get_batch(ours, labels, 100)
-                step(tf.constant(batch_x), tf.constant(batch_y), weights[name], optimizers[name])
+                step(tf.constant(batch_x), tf.constant(batch_y), own, update)
 
         return run
 
@@ -129,7 +131,8 @@ def resnet():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (50000, 32, 32, 3), dtype="uint8")
     labels = rng.integers(0, 10, (50000, 1), dtype="uint8")
-    dataset, _ = script.make_datasets((images, labels), (images[:10], labels[:10]), 64, seed=0)
+    args = argparse.Namespace(batch_size=64, seed=0)
+    dataset, _ = script.make_datasets((images, labels), (images[:10], labels[:10]), args)
     model = script.build_model("resnet")
     fit_against_bound("resnet_cifar10", model, dataset, steps=60)
 
@@ -221,13 +224,15 @@ def article_q_agent(dueling):
 
 # Two programs that read a number of steps a line, play them, and answer with steps a second.
 OUR_Q_AGENT = """
-import contextlib, importlib, io, sys, tempfile, time
-script, flags, notes = importlib.import_module(sys.argv[1]), sys.argv[2:], []
-class Stopwatch(script.EpisodeLog):
-    def add(self, values, note=""):
-        super().add(values, note)
-        notes.append((sum(self.record["history"]["reward"]), time.perf_counter()))
-script.EpisodeLog = Stopwatch
+import contextlib, importlib, io, json, sys, tempfile, time
+script, settings, flags = importlib.import_module(sys.argv[1]), sys.argv[2], sys.argv[3:]
+notes = []
+vars(script).update(json.loads(settings))
+class Stopwatch(script.Run):
+    def record(self, arm, epoch, metrics):
+        super().record(arm, epoch, metrics)
+        notes.append((sum(self.records[arm]["history"]["reward"]), time.perf_counter()))
+script.Run = Stopwatch
 print("ready", flush=True)
 for line in sys.stdin:
     notes.clear()
@@ -274,12 +279,12 @@ def child_agent(python, code, *arguments):
 def q_learning():
     """double_q_cartpole, dueling_q_cartpole: environment steps/s, with a gradient step each."""
     sb3_python = os.environ.get("SB3_PYTHON", sys.executable)
-    for script, hidden_layers, *flags in (
-        ("double_q_cartpole", "2", "--arms", "double", "--epsilon-decay", "1"),
-        ("dueling_q_cartpole", "3", "--arms", "dueling", "--epsilon-min-iter", "1"),
+    for script, hidden_layers, settings, *flags in (
+        ("double_q_cartpole", "2", '{"LAMBDA": 1}', "--arms", "double"),
+        ("dueling_q_cartpole", "3", "{}", "--arms", "dueling", "--epsilon-min-iter", "1"),
     ):
         contestants = {
-            "here": (child_agent(sys.executable, OUR_Q_AGENT, script, *flags), 6000),
+            "here": (child_agent(sys.executable, OUR_Q_AGENT, script, settings, *flags), 6000),
             "the article's way": (article_q_agent(script.startswith("dueling")), 300),
             "stable-baselines3": (child_agent(sb3_python, STABLE_BASELINES3, hidden_layers), 1000),
         }
@@ -292,7 +297,8 @@ def q_learning():
                 rates[name] += [play(steps)][: i > 0]
         medians = {name: np.median(values) for name, values in rates.items()}
         print({name: round(float(value)) for name, value in medians.items()}, "steps/s")
-        for name, must in (("the article's way", 15), ("stable-baselines3", 2.5)):
+        article_must = 30 if script.startswith("dueling") else 22
+        for name, must in (("the article's way", article_must), ("stable-baselines3", 2.5)):
             if name in medians:
                 show(script, "steps/s", name, medians["here"] / medians[name], must)
 
@@ -407,13 +413,12 @@ def space_invaders():
     import dueling_q_spaceinvaders as script
 
     agent = script.Agent(seed=0)
-    columns = [np.zeros(32, "float32") for _ in ("actions", "rewards", "terminals")]
-    batch = np.zeros((32, 4, 105, 80), "uint8"), *columns
+    frames, actions = np.zeros((32, 4, 105, 80), "uint8"), np.zeros(32, "uint8")
+    batch = frames, actions, np.zeros(32, "float32"), np.zeros(32, "float32")
 
     def step_alone(steps):
         for _ in range(steps):
-            loss, _ = agent.learn(*batch)
-            float(loss)
+            float(agent.learn(*batch))
 
     others = {"step": step_alone, "article": article_atari_agent(script)}
     times = atari_seconds_in_turns(script, others)
@@ -431,24 +436,25 @@ def reinforce():
     """reinforce_cartpole: environment steps, an update an episode, against the article's way."""
     import reinforce_cartpole as script
 
-    env = script.gymnasium.make("CartPole-v1", max_episode_steps=script.MAX_LENGTH)
+    env = script.gymnasium.make("CartPole-v1", max_episode_steps=200)
     network, theirs = script.build_model(), script.build_model()
-    policy, update = script.compile_agent(network)
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(network.trainable_variables)
+    shape = tf.TensorSpec((1, 4))
+    predict = tf.function(network, jit_compile=True).get_concrete_function(shape)
     theirs.compile(loss="categorical_crossentropy", optimizer="adam")
 
     def article_action(state):
         softmax_out = theirs(state.reshape((1, -1)))
         return np.random.choice(2, p=softmax_out.numpy()[0])
 
-    def article_update(states, actions, returns):
+    def article_update(rewards, states, actions):
         """The right gradient: one-hot targets, returns as sample weights."""
+        returns, total = [], 0
+        for reward in rewards[::-1]:
+            total = reward + 0.95 * total
+            returns.append(total)
+        returns = np.array(returns[::-1])
+        returns = (returns - np.mean(returns)) / max(np.std(returns), 1e-8)
         return theirs.train_on_batch(np.vstack(states), np.eye(2)[actions], sample_weight=returns)
-
-    def our_update(states, actions, returns):
-        episode = script.pad_episode(states, actions, returns)
-        return float(update(network, optimizer, *episode))
 
     def runner(choose, learn):
         """1,200 steps, an update every 150: the mean length of an episode in five runs."""
@@ -464,14 +470,16 @@ def reinforce():
                     rewards.append(reward)
                     if terminated or truncated:
                         state, _ = env.reset()
-                returns = script.standardise(script.discounted_returns(rewards, 0.95))
-                learn(states, actions, returns)
+                learn(rewards, states, actions)
 
         return run
 
     contestants = {
         "article": runner(article_action, article_update),
-        "ours": runner(lambda state: script.get_action(policy, state), our_update),
+        "ours": runner(
+            lambda state: script.get_action(predict, state),
+            lambda *episode: script.update_network(network, *episode),
+        ),
     }
     times = seconds_in_turns(contestants)
     ratio = times["article"] / times["ours"]
@@ -487,8 +495,7 @@ def gap():
 
     dataset = tf.data.Dataset.range(3072).map(image)
     dataset = dataset.map(lambda image, label: (tf.cast(image, tf.uint8), label)).cache()
-    sets = [dataset, dataset, dataset]
-    dataset = script.make_datasets(sets, 64, len(dataset), 0)[0]
+    dataset = dataset.shuffle(3072, seed=0).repeat().batch(64).prefetch(tf.data.AUTOTUNE)
     model = script.build_model("gap")
     fit_against_bound("gap_cats_dogs", model, dataset, steps=60)
 
@@ -497,8 +504,7 @@ def transfer():
     """transfer_resnet50: seven epochs of the arm resnet50, its features computed once or anew."""
     import transfer_resnet50 as script
 
-    original = script.synthetic_photographs
-    script.synthetic_photographs = lambda count: original(3 * count)  # 600 in all
+    counts, script.SYNTHETIC_COUNTS = script.SYNTHETIC_COUNTS, (480, 72, 48)
     seconds = {}
     for name, flags in {"once": [], "anew": ["--no-cache-features"]}.items():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -506,7 +512,7 @@ def transfer():
             script.main([*flags, "--logdir", folder])
             (path,) = pathlib.Path(folder).glob("*/*/results.json")
             seconds[name] = json.loads(path.read_text())["arms"]["resnet50"]["seconds"]
-    script.synthetic_photographs = original
+    script.SYNTHETIC_COUNTS = counts
     ratio = seconds["anew"] / seconds["once"]
     show("transfer_resnet50", "7 epochs, resnet50", "--no-cache-features", ratio, 5)
 

@@ -117,14 +117,15 @@ def test_what_a_training_stores_and_records(script, falls, std, monkeypatch):
 
 @in_both
 @pytest.mark.parametrize(  # 2 * 10 + 18 * 200 = 20 * 181
-    ("rewards", "never", "first"), [([10] * 5 + [200] * 20, False, 23), ([180] * 30, True, None)]
+    ("rewards", "mean", "first"),
+    [([10] * 5 + [200] * 20 + [100], 195, 23), ([180] * 30, 180, None)],
 )
-def test_final_numbers_by_hand(script, rewards, never, first):
+def test_final_numbers_by_hand(script, rewards, mean, first):
     env = oracles.Scripted(*range(190, 200))
     before = [np.zeros_like] if script == double_q else []  # the network
     final = script.evaluate(*before, lambda state: np.array([[0, 5]]), env, rewards)
     found = final["reward"], final["reached_180"], final["episodes_to_180"]
-    assert found == (rewards[-1], not never, first)
+    assert found == (mean, first is not None, first)
     assert final["greedy_reward"] == 194.5
     assert env.actions == [1] * 1945  # ten episodes, always the action with the largest Q
 
@@ -146,8 +147,11 @@ def test_two_trainings_of_each_arm(script, monkeypatch):
         saved = keras.models.load_model(folder / f"{arm}.keras")  # of the first seed
         oracles.assert_same(saved.get_weights(), training.networks[0].get_weights())
         np.testing.assert_allclose(saved(np.ones((1, 4))), training.q, rtol=1e-4)  # evaluated
-        lengths = [len(states) for states in training.played]
-        assert arms[arm]["runs"][0]["final"]["greedy_reward"] == np.mean(lengths)
+        final, played = arms[arm]["runs"][0]["final"], training.played
+        assert final["greedy_reward"] == np.mean([len(states) for states in played])
+        if script == double_q:
+            errors = np.concatenate([double_q.overestimation(saved, states) for states in played])
+            assert final["overestimation"] == pytest.approx(np.mean(errors), rel=1e-4)
         state, _ = gymnasium.make("CartPole-v1").reset(seed=1)
         np.testing.assert_array_equal(other.memory.rows[0, :4], state)
     flags += ["--seed", "1", "--arms", arm]  # the last arm, alone

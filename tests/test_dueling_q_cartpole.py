@@ -12,8 +12,7 @@ import dueling_q_cartpole as script
 
 
 def test_networks_are_the_articles():
-    names = ["dense1", "dense2", "adv_dense", "v_dense"]
-    hidden = [(name, 30, "relu", "HeNormal") for name in names]
+    hidden = [(n, 30, "relu", "HeNormal") for n in ("dense1", "dense2", "adv_dense", "v_dense")]
     outputs = [("adv_out", 2, "linear", "HeNormal"), ("v_out", 1, "linear", "HeNormal")]
     assert set(oracles.dense_layers(script.DQModel(30, 2, True))) == {*hidden, *outputs}
     assert oracles.dense_layers(script.DQModel(30, 2, False)) == [*hidden[:3], outputs[0]]
@@ -41,15 +40,14 @@ def test_example_by_hand(capsys):
 
 def test_epsilon_falls_without_a_jump(monkeypatch):
     """The article's jumps to its end when 5,000 steps (here 200) have passed, and not 300 more."""
-    flags = ["--delay-training", "150", "--epsilon-min-iter", "200", "--arms", "double"]
-    env = oracles.Scripted(400)
-    _, _, (training,) = oracles.watch_trainings(script, monkeypatch, [*flags, "--epochs", "1"], env)
+    flags = ["--epochs", "1", "--delay-training", "150", "--epsilon-min-iter", "200"]
+    _, _, (training, _) = oracles.watch_trainings(script, monkeypatch, flags, oracles.Scripted(400))
     expected = [1.0] * 150 + [1 - 0.99 * i / 200 for i in range(201)] + [0.01] * 49
     np.testing.assert_allclose([eps for _, eps in training.choices], expected)
 
 
 def test_a_batch_must_be_there_before_training(capsys):
-    code, line = helpers.exit_of(lambda: script.main(["--delay-training", "31"]), capsys)
+    code, line = helpers.exit_of(lambda: script.main(["--delay-training", "9"]), capsys)
     assert (code, "--delay-training" in line) == (2, True)
 
 
@@ -61,5 +59,4 @@ def test_claim_both_learn_and_neither_is_clearly_ahead():
     for record in arms.values():
         assert sum(run["final"]["reached_180"] for run in record["runs"]) >= 4
         late.append([np.mean(run["history"]["reward"][100:]) for run in record["runs"]])
-    double, dueling = late
-    assert abs(np.mean(double) - np.mean(dueling)) < max(np.std(double), np.std(dueling))
+    assert abs(np.mean(late[0]) - np.mean(late[1])) < max(np.std(late, axis=1))

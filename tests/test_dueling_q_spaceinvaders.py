@@ -139,7 +139,7 @@ def test_a_step_is_the_articles(monkeypatch, double_q):
 
 
 @pytest.mark.parametrize(
-    ("steps", "least"), [(300, 150), pytest.param(4000, 200, marks=pytest.mark.slow)]
+    ("steps", "least"), [(300, 150), pytest.param(1500, 208, marks=pytest.mark.slow)]
 )
 def test_difference_1_units_stay_alive(monkeypatch, steps, least):
     """Of the advantage's 256 units so many answer on 64 screens, after steps on random play."""

@@ -14,8 +14,7 @@ from helpers import CASES, LIMIT, SCRIPTS
 # Stand-ins for the downloads, with the real shapes and types, once the script has made its imports
 PREPARE = """
 import keras, numpy, tensorflow
-rng = numpy.random.default_rng(0)
-def random_set(count, shape, classes, label_shape=()):
+def random_set(count, shape, classes, label_shape=(), rng=numpy.random.default_rng(0)):
     labels = rng.integers(0, classes, (count, *label_shape), dtype="uint8")
     return rng.integers(0, 256, (count, *shape), dtype="uint8"), labels
 def photographs(name, split, **options):
@@ -27,6 +26,7 @@ coloured = random_set(2000, (32, 32, 3), 10, (1,)), random_set(1000, (32, 32, 3)
 keras.datasets.mnist.load_data = lambda: small
 keras.datasets.cifar10.load_data = lambda: coloured
 if "tfds" in globals():
+    assert tfds.load and tfds.builder("cats_vs_dogs").url_infos  # the import is whole
     tfds.load = photographs
 if "resnet50" in globals():
     resnet50.ResNet50 = untrained
