@@ -32,7 +32,6 @@ import argparse
 import functools
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import random
@@ -172,7 +171,7 @@ def train_agent(arm, seed, run):
         losses = []
         done = False
         while not done:
-            eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * math.exp(-LAMBDA * steps)
+            eps = MIN_EPSILON + (MAX_EPSILON - MIN_EPSILON) * np.exp(-LAMBDA * steps)
             action = choose_action(q_values, eps)
             next_state, _, terminated, truncated, _ = env.step(action)
             reward = np.random.normal(1.0, run.args.random_reward_std)

@@ -82,24 +82,6 @@ def check_shuffle(make_train_dataset, size, batch_size):
     return first, second
 
 
-def watch_photographs(script, monkeypatch):
-    """Return two lists that a run fills: the images it decodes, its shuffles' windows."""
-    decoded, windows = [], []
-    photographs, make_datasets = script.synthetic_photographs, script.make_datasets
-
-    def noted(image, label):
-        tf.py_function(lambda: decoded.append(1), [], [])
-        return image, label
-
-    def watched(sets, batch_size, window, seed):
-        windows.append(window)
-        return make_datasets(sets, batch_size, window, seed)
-
-    monkeypatch.setattr(script, "synthetic_photographs", lambda n: photographs(n).map(noted))
-    monkeypatch.setattr(script, "make_datasets", watched)
-    return decoded, windows
-
-
 def check_test_accuracy(script, count):
     """The newest run's saved models take pixels, and its test images were `count` unseen ones."""
     images, labels = zip(*script.synthetic_photographs(count))

@@ -84,8 +84,7 @@ def test_overestimation_by_hand():
     returns = [1 + 0.95 + 0.95**2, 1 + 0.95, 1]
     np.testing.assert_allclose(overestimation(5, 3, 1), np.subtract([5, 3, 1], returns))
     assert len(overestimation(*[25] * 199)) == 199
-    # Of an episode cut off at 200 steps the last 90 are left out.
-    returns = [sum(0.95**i for i in range(200 - t)) for t in range(110)]
+    returns = [sum(0.95**i for i in range(200 - t)) for t in range(110)]  # 90 are left out
     np.testing.assert_allclose(overestimation(*[25] * 200), 25 - np.array(returns))
 
 

@@ -126,7 +126,7 @@ def test_a_step_is_the_articles(monkeypatch, double_q):
     target.set_weights(judge.get_weights())
     frames = rng.integers(0, 256, (32, 4, 105, 80), dtype="uint8")
     actions, terminals = rng.integers(0, 6, 32, "uint8"), np.float32(np.arange(32) % 4 == 0)
-    rewards = rng.normal(scale=3, size=32).astype("float32")
+    rewards = rng.normal(size=32).astype("float32")
     scaled = frames.transpose(0, 2, 3, 1) / np.float32(255)
     batch = scaled[..., :3], actions, rewards, scaled[..., 1:], terminals
     article = judge if double_q else theirs, batch, keras.optimizers.Adam(2.5e-4, epsilon=3e-4)

@@ -166,13 +166,6 @@ def test_the_table_and_the_lines_to_paste(capsys):
     assert json.loads((run.folder / "results.json").read_text())["complete"] is True
 
 
-def test_versions_are_the_modules():
-    results = episodes_script.Run(parse(), "CartPole").results
-    modules = {module.__name__: module.__version__ for module in episodes_script.MODULES}
-    assert results["versions"] == modules
-    assert set(modules) == {"tensorflow", "keras", "numpy", "gymnasium"}
-
-
 # --- Episodes ---
 def test_final_numbers_are_means_over_the_trainings(monkeypatch):
     run = episodes_script.Run(parse(), "CartPole")
@@ -221,13 +214,6 @@ def test_gif_shows_a_greedy_episode_and_asks_for_pygame_first(monkeypatch, capsy
     assert code == 2
     assert "pip install pygame" in line
     assert not pathlib.Path("x").exists()
-
-
-@pytest.mark.parametrize("count", [1, 19, 20, 21, 50])
-def test_moving_average(count):
-    values = np.random.default_rng(0).integers(1, 200, count).tolist()
-    expected = [np.mean(values[max(0, i - 20) : i]) for i in range(1, count + 1)]
-    np.testing.assert_allclose(episodes_script.moving_average(values), expected)
 
 
 # --- Where the scripts run ---
