@@ -413,6 +413,7 @@ def compare_rewards(run, title):
         (line,) = axes.plot(episodes, averages.mean(axis=0), label=f"{arm}, {len(histories)} runs")
         axes.plot(episodes, averages.T, color=line.get_color(), alpha=0.2)
     axes.set(title=title, xlabel="episode", ylabel="reward (mean of 20 episodes)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(title="mean, and each run")
     figure.savefig(run.folder / "reward.png")
 

@@ -173,7 +173,7 @@ def test_games_and_those_of_a_resumed_run(monkeypatch):
 
     def train(primary_network, target_network, update, *batch):
         networks[:] = primary_network, target_network
-        update([tf.ones_like(weight) for weight in primary_network.trainable_variables])
+        update([1.0 * weight for weight in primary_network.trainable_variables])
         return steps.assign_add(1.0)
 
     monkeypatch.setattr(script, "make_env", lambda _: Game(make_env(40)))

@@ -129,7 +129,7 @@ def test_paste_interrupt_and_run_again(kernel, script):
     printed, errors, pictures = kernel.run(f"numbers = main({flags!r})")
     assert errors == [], printed
     assert "tensorboard --logdir" in printed
-    assert pictures >= 1
+    assert (pictures > 0) == any(name.endswith(".png") for name in CASES[script].files)
     assert kernel.run("print(list(numbers))") == (f"{arms}\n", [], 0)
     printed, errors, _ = kernel.run("main(['--epochs', 'one'])")
     assert errors == ["SystemExit: 2"]
