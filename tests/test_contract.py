@@ -30,7 +30,7 @@ ENDS = {  # lines of each script at most
     "bayes_mle": 355,
     "double_q_cartpole": 430,
     "dueling_q_cartpole": 430,
-    "dueling_q_spaceinvaders": 535,
+    "dueling_q_spaceinvaders": 540,
     "gap_cats_dogs": 370,
     "keras_pg_weighted_ce": 425,
     "metrics_summaries": 350,
