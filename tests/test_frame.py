@@ -287,7 +287,7 @@ def test_a_logdir_that_cannot_be_made(logdir):
 
 def test_control_c_keeps_what_was_finished(tmp_path):
     process = start([ROOT / "double_q_cartpole.py", "--epochs", "1000"], tmp_path)
-    helpers.wait_for_line("Episode: 50,", process)
+    helpers.wait_for_line("Episode: 150,", process)
     process.send_signal(signal.SIGINT)
     run = helpers.finish(process, tmp_path)
     assert run.code == 130, run.stderr
@@ -295,7 +295,7 @@ def test_control_c_keeps_what_was_finished(tmp_path):
     assert len(error_lines(run.stderr)) == 1
     assert run.results["complete"] is False
     (training,) = run.results["arms"]["dqn"]["runs"]
-    assert len(training["history"]["reward"]) >= 20  # all but those of the last second
+    assert len(training["history"]["reward"]) >= 20  # only the last second may be missing
 
 
 # --- Going on ---
