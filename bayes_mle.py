@@ -35,8 +35,6 @@ import pathlib
 import sys
 import time
 
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf

@@ -42,8 +42,6 @@ import time
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # faster: the network is small
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # a GIF needs no window
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
 import keras
 import matplotlib.pyplot as plt

@@ -43,8 +43,6 @@ import time
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # faster: the network is small
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # a GIF needs no window
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import gymnasium
 import keras
 import matplotlib.pyplot as plt
@@ -169,7 +167,7 @@ def train_agent(arm, seed, run):
     learn = tf.function(learn, jit_compile=True).get_concrete_function(*shapes)
     predict = tf.function(primary_network, jit_compile=True)
     train_writer = start_training(run, arm, seed)
-    print(f"Pre-training... {run.args.delay_training} random steps")
+    print(f"Pre-training... {DELAY_TRAINING} random steps")
     steps = 0
     num_episodes = run.args.epochs
     for episode in range(1, num_episodes + 1):
@@ -179,7 +177,7 @@ def train_agent(arm, seed, run):
         losses = []
         done = False
         while not done:
-            progress = max(0, steps - run.args.delay_training) / run.args.epsilon_min_iter
+            progress = max(0, steps - DELAY_TRAINING) / EPSILON_MIN_ITER
             eps = MAX_EPSILON - min(progress, 1) * (MAX_EPSILON - MIN_EPSILON)
             action = choose_action(q_values, eps)
             next_state, _, terminated, truncated, _ = env.step(action)
@@ -188,7 +186,7 @@ def train_agent(arm, seed, run):
             state = next_state
             cnt += 1
             steps += 1
-            if steps <= run.args.delay_training:
+            if steps <= DELAY_TRAINING:
                 q_values = predict(tf.constant(state[np.newaxis]))
             else:
                 batch = memory.sample(BATCH_SIZE)
@@ -232,16 +230,12 @@ def main(argv=None):
     add = parser.add_argument
     add("--max-steps", type=int, help="end a training after this many environment steps")
     add("--random-reward-std", type=float, default=RANDOM_REWARD_STD, help="noise of the rewards")
-    add("--epsilon-min-iter", type=int, default=EPSILON_MIN_ITER, help="steps until epsilon is low")
-    add("--delay-training", type=int, default=DELAY_TRAINING, help="random steps before training")
     add("--runs", type=int, default=1, help="trainings of each arm, seeded from --seed onwards")
     add("--arms", nargs="+", choices=ARTICLE, default=list(ARTICLE), help="agents to train")
     add("--gif", action="store_true", help="save an episode of each arm as an animation")
     args = parse_flags(parser, argv)
     if args.gif and not importlib.util.find_spec("pygame"):
         parser.error("argument --gif: pygame is missing; pip install pygame")
-    if args.delay_training < BATCH_SIZE:
-        parser.error(f"argument --delay-training: a batch needs {BATCH_SIZE} steps")
     run = Run(args, "CartPole")
     keras.utils.set_random_seed(args.seed)
     show_dueling_example()

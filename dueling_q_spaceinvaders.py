@@ -39,8 +39,6 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import ale_py
 import gymnasium
 import keras
@@ -100,16 +98,13 @@ def process_state_stack(state_stack, frame):
 
 # %% Model
 # As in dueling_q_cartpole.py, Q is a value plus an advantage. Two convolutions read the frames.
-def network_input(frames):
-    """Return frames (batch, n, 105, 80), uint8, as Conv2D's (batch, 105, 80, n), from 0 to 1."""
-    return tf.cast(tf.transpose(frames, (0, 2, 3, 1)), tf.float32) / 255
-
-
 def DQModel(hidden_size, num_actions):
-    """Return the network: states (batch, 105, 80, NUM_FRAMES) to Q (batch, num_actions)."""
+    """Return the network: states (batch, NUM_FRAMES, 105, 80), uint8, to Q (batch, num_actions)."""
     dense = functools.partial(keras.layers.Dense, kernel_initializer="he_normal")
-    inputs = keras.Input((*POST_PROCESS_IMAGE_SIZE, NUM_FRAMES))
-    x = keras.layers.Conv2D(16, (8, 8), (4, 4), activation="relu", name="conv1")(inputs)
+    inputs = keras.Input((NUM_FRAMES, *POST_PROCESS_IMAGE_SIZE), dtype="uint8")
+    x = keras.ops.transpose(inputs, (0, 2, 3, 1))  # (batch, 105, 80, NUM_FRAMES)
+    x = keras.ops.cast(x, "float32") / 255
+    x = keras.layers.Conv2D(16, (8, 8), (4, 4), activation="relu", name="conv1")(x)
     x = keras.layers.Conv2D(32, (4, 4), (2, 2), activation="relu", name="conv2")(x)
     x = keras.layers.Flatten()(x)  # (batch, 2816)
     adv = dense(hidden_size, activation="relu", name="adv_dense")(x)
@@ -155,9 +150,8 @@ class Memory:
 
         A step is drawn by the number of the frame that it led to. That frame and the three before
         it are its window: the first three are the state, the last three the next state. If a game
-        begins within a window, its first frame stands for those before it. Two kinds are refused
-        and drawn again: a first frame, because no step led to it, and a window that reaches back
-        to frames which have been overwritten.
+        begins within a window, its first frame stands for those before it. Refused are a first
+        frame, as no step led to it, and a window that reaches back to overwritten frames.
         """
         size = len(self.slots)
         is_start = np.asarray(self.slots["start"])
@@ -186,19 +180,21 @@ def choose_action(state, predict, eps):
     return int(np.argmax(predict(state[np.newaxis])))
 
 
-def update_network(primary_network, target_network):
-    """Move each weight t of the target a little towards the primary's weight e."""
+@tf.function(jit_compile=True)  # without XLA a step takes a fourth longer
+def update_network(primary_network, target_network, optimizer, gradients):
+    """Apply the gradients; then move each weight t of the target towards the primary's weight e."""
+    optimizer.apply(gradients)
     for t, e in zip(target_network.trainable_variables, primary_network.trainable_variables):
         t.assign(t * (1 - TAU) + e * TAU)
 
 
-def train(primary_network, target_network, update, frames, actions, rewards, terminals):
+def train(primary_network, target_network, optimizer, frames, actions, rewards, terminals):
     """Take a gradient step on what Memory.sample returns; return its loss.
 
     Q_target = r + GAMMA Q_target_network(s', a*), a* = argmax_a Q(s', a), in Double Q learning.
     """
-    states = network_input(frames[:, :-1])  # (batch, 105, 80, NUM_FRAMES)
-    next_states = network_input(frames[:, 1:])
+    states = frames[:, :-1]  # (batch, NUM_FRAMES, 105, 80)
+    next_states = frames[:, 1:]
     prim_qtp1 = primary_network(next_states)  # (batch, num_actions)
     if double_q:
         prim_action_tp1 = tf.argmax(prim_qtp1, axis=1)
@@ -212,70 +208,53 @@ def train(primary_network, target_network, update, frames, actions, rewards, ter
     with tf.GradientTape() as tape:
         prim_qt = primary_network(states)
         loss = keras.losses.Huber()(target_q, taken * prim_qt)
-    update(tape.gradient(loss, primary_network.trainable_variables))
+    gradients = tape.gradient(loss, primary_network.trainable_variables)
+    update_network(primary_network, target_network, optimizer, gradients)
     return loss
 
 
-class Agent:
-    """Two networks, an optimizer, and the games and steps played: what a checkpoint keeps."""
+def save_checkpoint(path, counts, variables):
+    """Write a checkpoint beside the old one and rename it: a kill never leaves half of it."""
+    values = [variable.numpy() for variable in variables]
+    np.savez(path.with_suffix(".new.npz"), np.array(counts), *values)
+    os.replace(path.with_suffix(".new.npz"), path)
 
-    def __init__(self, seed):
-        keras.utils.set_random_seed(seed)
-        self.primary_network = DQModel(256, num_actions)
-        self.target_network = DQModel(256, num_actions)
-        self.target_network.set_weights(self.primary_network.get_weights())
-        self.optimizer = keras.optimizers.Adam(2.5e-4, epsilon=3e-4)
-        self.optimizer.build(self.primary_network.trainable_variables)  # compiled code cannot do it
-        weights = self.primary_network.variables + self.target_network.variables
-        self.variables = weights + self.optimizer.variables
-        self.episodes = self.steps = 0
 
-    @tf.function(jit_compile=True)  # without XLA this takes nearly twice as long
-    def q_values(self, states):
-        """Return Q (batch, num_actions) of states (batch, NUM_FRAMES, 105, 80), uint8."""
-        return self.primary_network(network_input(states))
-
-    @tf.function  # XLA's convolutions would take nearly three times as long on a CPU
-    def learn(self, *batch):
-        """Take a gradient step, let the target network follow, and return the loss."""
-        return train(self.primary_network, self.target_network, self.update, *batch)
-
-    @tf.function(jit_compile=True)  # without XLA a step takes a fourth longer
-    def update(self, gradients):
-        """Change all weights of both networks."""
-        self.optimizer.apply(gradients)
-        update_network(self.primary_network, self.target_network)
-
-    def save(self, folder):
-        """Write the checkpoint beside the old one and rename it: a kill never leaves half of it."""
-        counts = np.array([self.episodes, self.steps])
-        values = [variable.numpy() for variable in self.variables]
-        np.savez(folder / "checkpoint.new.npz", counts, *values)
-        os.replace(folder / "checkpoint.new.npz", folder / "checkpoint.npz")
-
-    def restore(self, folder):
-        """Go on from the last checkpoint, if there is one; later games are played again."""
-        if (folder / "checkpoint.npz").exists():
-            with np.load(folder / "checkpoint.npz") as arrays:
-                counts, *values = arrays.values()
-            self.episodes, self.steps = counts.tolist()
-            for variable, value in zip(self.variables, values):
-                variable.assign(value)
+def restore_checkpoint(path, variables):
+    """Give the variables the values of the last checkpoint; return its counts."""
+    with np.load(path) as arrays:
+        counts, *values = arrays.values()
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+    return counts.tolist()
 
 
 # %% Training
 # In each step the agent acts, stores what it has seen, and learns from a batch of old steps.
-def train_agent(env, agent, run):
+def train_agent(run):
     """Play up to --epochs games or --max-steps steps, from the last checkpoint if there is one."""
     args = run.args
-    agent.restore(run.folder)
-    keras.utils.set_random_seed(args.seed + agent.episodes)  # a resumed run draws other numbers
-    env.reset(seed=args.seed + agent.episodes)
+    keras.utils.set_random_seed(args.seed)
+    primary_network = DQModel(256, num_actions)
+    target_network = DQModel(256, num_actions)
+    target_network.set_weights(primary_network.get_weights())
+    optimizer = keras.optimizers.Adam(2.5e-4, epsilon=3e-4)
+    optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
+    variables = primary_network.variables + target_network.variables + optimizer.variables
+    predict = tf.function(primary_network, jit_compile=True)  # without XLA nearly twice as long
+    learn = functools.partial(train, primary_network, target_network, optimizer)
+    learn = tf.function(learn)  # XLA's convolutions would take nearly three times as long on a CPU
+    episode = steps = 0
+    if (run.folder / "checkpoint.npz").exists():
+        episode, steps = restore_checkpoint(run.folder / "checkpoint.npz", variables)
+    keras.utils.set_random_seed(args.seed + episode)  # a resumed run draws other numbers
+    env = make_env(args.max_steps)
+    env.reset(seed=args.seed + episode)
     memory = Memory(run.folder / "replay", args.replay_size)
     train_writer = tf.summary.create_file_writer(str(run.events / "dueling"))
     num_episodes = args.epochs
-    while agent.episodes < num_episodes and agent.steps < (args.max_steps or np.inf):
-        agent.episodes += 1
+    while episode < num_episodes and steps < (args.max_steps or np.inf):
+        episode += 1
         state = start_game(env)
         memory.add_sample(state[-1], start=True)
         tot_reward = 0.0
@@ -283,78 +262,59 @@ def train_agent(env, agent, run):
         frame_list = []
         done = False
         while not done:
-            progress = (agent.steps - args.delay_training) / args.epsilon_min_iter
+            progress = (steps - args.delay_training) / args.epsilon_min_iter
             eps = MAX_EPSILON - np.clip(progress, 0, 1) * (MAX_EPSILON - MIN_EPSILON)
-            action = choose_action(state, agent.q_values, eps)
+            action = choose_action(state, predict, eps)
             image, reward, terminated, truncated, _ = env.step(action)
             state = process_state_stack(state, image_preprocess(image))
             memory.add_sample(state[-1], action, reward, terminated)
             tot_reward += reward
-            agent.steps += 1
-            samples = min(agent.steps, memory.added)  # fewer than steps if the replay was lost
+            steps += 1
+            samples = min(steps, memory.added)  # fewer than steps if the replay was lost
             if samples > args.delay_training:
-                loss = agent.learn(*memory.sample(BATCH_SIZE))
+                loss = learn(*memory.sample(BATCH_SIZE))
                 losses.append(float(loss))
-            if agent.episodes % args.gif_every == 0:
+            if episode % args.gif_every == 0:
                 frame_list.append(image)
-            done = terminated or truncated or agent.steps == args.max_steps
-
+            done = terminated or truncated or steps == args.max_steps
         avg_loss = np.mean(losses).item() if losses else None
-        line = f"Episode: {agent.episodes}, step: {agent.steps}, Reward: {tot_reward:.0f}"
-        with train_writer.as_default(step=agent.episodes):
+        line = f"Episode: {episode}, step: {steps}, Reward: {tot_reward:.0f}"
+        with train_writer.as_default(step=episode):
             tf.summary.scalar("reward", tot_reward)
             if losses:
                 tf.summary.scalar("avg loss", avg_loss)
                 line += f", avg loss: {avg_loss:.5f}, eps: {eps:.3f}"
         print(line if losses else f"Pre-training... {line}")
-        run.record("dueling", agent.episodes, {"reward": tot_reward, "avg loss": avg_loss})
+        run.record("dueling", episode, {"reward": tot_reward, "avg loss": avg_loss})
         if frame_list:
-            save_gif(frame_list, run.folder / f"episode_{agent.episodes}.gif")
+            save_gif(frame_list, run.folder / f"episode_{episode}.gif")
         run.write()  # first, so that results.json has every game of the checkpoint
-        agent.save(run.folder)
+        save_checkpoint(run.folder / "checkpoint.npz", [episode, steps], variables)
+    primary_network.save(run.folder / "dueling.keras")
+    history = run.records["dueling"]["history"]
+    learned = [loss is not None for loss in history["avg loss"]]
+    random_games = learned.index(True) if any(learned) else len(learned)
+    final = {"steps": steps, "reward": np.mean(history["reward"][-20:]).item()}
+    if random_games > 0:
+        final["random_reward"] = np.mean(history["reward"][:random_games]).item()
+    final["greedy_reward"] = evaluate(env, predict, args.seed)
+    run.conclude("dueling", final)
 
 
-def evaluate(env, agent, seed, path):
-    """Play ten greedy games, each from its own seed; save the best; return the mean reward."""
+def evaluate(env, predict, seed):
+    """Play ten greedy games, each from its own seed; return their mean reward."""
     print("ten greedy games ...")
-    rewards = []
-    best_game = []
+    tot_reward = 0.0
     for game_seed in range(seed + 1000, seed + 1010):
         state = start_game(env, game_seed)
-        frame_list = []
-        tot_reward = 0.0
         done = False
         while not done:
-            action = choose_action(state, agent.q_values, eps=0)
+            action = choose_action(state, predict, eps=0)
             image, reward, terminated, truncated, _ = env.step(action)
             state = process_state_stack(state, image_preprocess(image))
-            frame_list.append(image)
             tot_reward += reward
             done = terminated or truncated
-        rewards.append(tot_reward)
-        if tot_reward == max(rewards):
-            best_game = frame_list
-    save_gif(best_game, path)
-    return np.mean(rewards).item()
-
-
-def finish(env, agent, run):
-    """Evaluate the agent, save its network, record the final numbers, and draw the figure."""
-    history = run.results["arms"]["dueling"]["history"]
-    rewards = history["reward"]
-    trained = [loss is not None for loss in history["avg loss"]]
-    random_games = trained.index(True) if any(trained) else len(trained)
-    final = {
-        "reward": np.mean(rewards[-20:]).item(),
-        "steps": agent.steps,
-        "parameters": agent.primary_network.count_params(),
-        "greedy_reward": evaluate(env, agent, run.args.seed, run.folder / "best.gif"),
-    }
-    if random_games:
-        final["random_reward"] = np.mean(rewards[:random_games]).item()
-    run.conclude("dueling", final)
-    agent.primary_network.save(run.folder / "dueling.keras")
-    plot(run, rewards, final.get("random_reward"))
+    return tot_reward / 10
 
 
 # %% Figures
@@ -366,15 +326,17 @@ def save_gif(frame_list, path):
     first.save(path, save_all=True, append_images=others, duration=50, loop=0)
 
 
-def plot(run, rewards, random_reward):
+def plot(run):
     """Draw the reward by game, its mean over twenty games, and that of random play."""
+    record = run.records["dueling"]
+    rewards = record["history"]["reward"]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     episodes = range(1, len(rewards) + 1)
     averages = [np.mean(rewards[max(0, episode - 20) : episode]) for episode in episodes]
     axes.plot(episodes, rewards, alpha=0.3, label="a game")
     axes.plot(episodes, averages, label="mean of 20 games")
-    if random_reward is not None:
-        axes.axhline(random_reward, color="black", linestyle="--", label="random play")
+    if "random_reward" in record["final"]:
+        axes.axhline(record["final"]["random_reward"], color="k", ls="--", label="random play")
     axes.set(xlabel="episode", ylabel="reward (points)", title="Space Invaders, Dueling Q")
     axes.legend()
     figure.savefig(run.folder / "reward.png")
@@ -395,13 +357,10 @@ def main(argv=None):
     if args.replay_size <= BATCH_SIZE:
         parser.error(f"argument --replay-size: a batch needs more than {BATCH_SIZE}")
     run = Run(args, "ALE/SpaceInvaders-v5", earlier)
-    env = make_env(args.max_steps)
-    agent = Agent(args.seed)
-    train_agent(env, agent, run)
-    finish(env, agent, run)
-    final = run.report()
+    train_agent(run)
+    plot(run)
     (run.folder / "replay").unlink(missing_ok=True)  # only an unfinished run needs it
-    return final
+    return run.report()
 
 
 # %% Frame: flags, run folder and results; the same text in every script

@@ -31,8 +31,6 @@ import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
 import matplotlib.pyplot as plt
 import numpy as np

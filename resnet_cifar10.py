@@ -34,8 +34,6 @@ import tempfile
 import time
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # even where keras.json names another one
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
 import matplotlib.pyplot as plt
 import numpy as np

@@ -41,8 +41,6 @@ if sys.version_info >= (3, 11):  # until TFDS itself installs importlib_resource
     import importlib.resources.abc
 
     sys.modules.setdefault("importlib_resources", importlib.resources)
-if "ipykernel" not in sys.modules:
-    os.environ["MPLBACKEND"] = "agg"  # only a notebook shows figures
 import keras
 import matplotlib.pyplot as plt
 import numpy as np

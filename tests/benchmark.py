@@ -10,6 +10,7 @@ where it cannot be imported, by this Python or by the one that SB3_PYTHON names.
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -281,7 +282,7 @@ def q_learning():
     sb3_python = os.environ.get("SB3_PYTHON", sys.executable)
     for script, hidden_layers, settings, *flags in (
         ("double_q_cartpole", "2", '{"LAMBDA": 1}', "--arms", "double"),
-        ("dueling_q_cartpole", "3", "{}", "--arms", "dueling", "--epsilon-min-iter", "1"),
+        ("dueling_q_cartpole", "3", '{"EPSILON_MIN_ITER": 1}', "--arms", "dueling"),
     ):
         contestants = {
             "here": (child_agent(sys.executable, OUR_Q_AGENT, script, settings, *flags), 6000),
@@ -412,13 +413,16 @@ def space_invaders():
     """dueling_q_spaceinvaders: environment steps, with a gradient step each; bytes of a frame."""
     import dueling_q_spaceinvaders as script
 
-    agent = script.Agent(seed=0)
+    networks = script.DQModel(256, 6), script.DQModel(256, 6)
+    adam = keras.optimizers.Adam(2.5e-4, epsilon=3e-4)
+    adam.build(networks[0].trainable_variables)
+    learn = tf.function(functools.partial(script.train, *networks, adam))
     frames, actions = np.zeros((32, 4, 105, 80), "uint8"), np.zeros(32, "uint8")
     batch = frames, actions, np.zeros(32, "float32"), np.zeros(32, "float32")
 
     def step_alone(steps):
         for _ in range(steps):
-            float(agent.learn(*batch))
+            float(learn(*batch))
 
     others = {"step": step_alone, "article": article_atari_agent(script)}
     times = atari_seconds_in_turns(script, others)

@@ -116,8 +116,7 @@ CASES = {
     ),
     "dueling_q_cartpole": Case(
         tiny=[
-            *["--epochs", "15", "--max-steps", "150", "--random-reward-std", "0"],
-            *["--epsilon-min-iter", "50", "--delay-training", "70"],
+            *["--epochs", "40", "--max-steps", "350", "--random-reward-std", "0"],
             *["--runs", "2", "--arms", "dueling", "--gif"],
         ],
         history={"dueling": ["reward", "avg loss"]},
@@ -150,7 +149,7 @@ CASES = {
         ],
         history={"dueling": ["reward", "avg loss"]},
         tags={"dueling": EPISODES},
-        files=["best.gif", "checkpoint.npz", "dueling.keras", "episode_1.gif", "reward.png"],
+        files=["checkpoint.npz", "dueling.keras", "episode_1.gif", "reward.png"],
         started="Pre-training... Episode: 1,",
     ),
 }

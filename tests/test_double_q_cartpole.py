@@ -94,7 +94,7 @@ def test_overestimation_by_hand():
 def test_what_a_training_stores_and_records(script, falls, std, monkeypatch):
     """The 96th step is the first that trains: double_q_cartpole.py then has three batches."""
     flags = ["--arms", "double", "--epochs", "2", "--random-reward-std", str(std)]
-    flags += ["--delay-training", "95"] if script == dueling_q else []
+    monkeypatch.setattr(script, "DELAY_TRAINING", 95, raising=False)  # double_q has none
     env = oracles.Scripted(94, 3, falls=falls)
     _, arms, (training,) = oracles.watch_trainings(script, monkeypatch, flags, env)
     (record,), memory, rows = arms["double"]["runs"], training.memory, training.memory.rows[:97]
@@ -131,7 +131,8 @@ def test_final_numbers_by_hand(script, rewards, mean, first):
 
 @in_both
 def test_two_trainings_of_each_arm(script, monkeypatch):
-    flags = ["--epochs", "8"] if script == double_q else ["--epochs", "8", "--delay-training", "90"]
+    monkeypatch.setattr(script, "DELAY_TRAINING", 90, raising=False)
+    flags = ["--epochs", "8"]
     folder, arms, trainings = oracles.watch_trainings(script, monkeypatch, [*flags, "--runs", "2"])
     starts = [training.starts[0] for training in trainings]
     assert oracles.smallest_move(starts[0][::2], starts[1][::2]) > 0.1  # seeds 0 and 1: kernels

@@ -40,15 +40,12 @@ def test_example_by_hand(capsys):
 
 def test_epsilon_falls_without_a_jump(monkeypatch):
     """The article's jumps to its end when 5,000 steps (here 200) have passed, and not 300 more."""
-    flags = ["--epochs", "1", "--delay-training", "150", "--epsilon-min-iter", "200"]
-    _, _, (training, _) = oracles.watch_trainings(script, monkeypatch, flags, oracles.Scripted(400))
+    monkeypatch.setattr(script, "DELAY_TRAINING", 150)
+    monkeypatch.setattr(script, "EPSILON_MIN_ITER", 200)
+    env = oracles.Scripted(400)
+    _, _, (training, _) = oracles.watch_trainings(script, monkeypatch, ["--epochs", "1"], env)
     expected = [1.0] * 150 + [1 - 0.99 * i / 200 for i in range(201)] + [0.01] * 49
     np.testing.assert_allclose([eps for _, eps in training.choices], expected)
-
-
-def test_a_batch_must_be_there_before_training(capsys):
-    code, line = helpers.exit_of(lambda: script.main(["--delay-training", "9"]), capsys)
-    assert (code, "--delay-training" in line) == (2, True)
 
 
 @pytest.mark.slow

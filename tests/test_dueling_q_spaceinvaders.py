@@ -33,8 +33,6 @@ def test_the_game_and_its_states_are_the_articles():
     stack = np.stack([frame, frame // 2, frame // 3])
     moved = script.process_state_stack(stack, frame // 4)
     np.testing.assert_array_equal(moved, [frame // 2, frame // 3, frame // 4])
-    last = script.network_input(moved[np.newaxis])[0]  # the network gets frames last, from 0 to 1
-    np.testing.assert_allclose(last, np.moveaxis(moved, 0, -1) / 255, rtol=1e-6)
 
 
 # --- The memory, beside a list of all that happened ---
@@ -100,14 +98,18 @@ def test_nothing_is_stale_after_a_kill(tmp_path, added):
 def test_network_is_the_articles_and_the_mean_is_over_the_actions():
     network = script.DQModel(256, 6)
     convolutions = (16, (8, 8), (4, 4), "relu"), (32, (4, 4), (2, 2), "relu")
-    for layer, expected in zip(network.layers[1:3], convolutions):
+    for name, expected in zip(("conv1", "conv2"), convolutions):
+        layer = network.get_layer(name)
         found = layer.filters, layer.kernel_size, layer.strides, layer.activation.__name__
         assert found == expected
     hidden = [(name, 256, "relu", "HeNormal") for name in ("adv_dense", "v_dense")]
     outputs = [("adv_out", 6, "linear", "HeNormal"), ("v_out", 1, "linear", "HeNormal")]
     assert set(oracles.dense_layers(network)) == {*hidden, *outputs}
     assert network.count_params() == 16 * 193 + 32 * 257 + 2 * (11 * 8 * 32 + 1) * 256 + 257 * 7
-    states = np.random.default_rng(0).uniform(size=(5, 105, 80, 3)).astype("float32")
+    states = np.random.default_rng(0).integers(0, 256, (5, 3, 105, 80), "uint8")
+    conv1 = keras.Model(network.input, network.get_layer("conv1").output)(states)
+    scaled = np.moveaxis(states, 1, -1) / np.float32(255)  # a convolution wants the frames last
+    np.testing.assert_allclose(conv1, network.get_layer("conv1")(scaled), atol=1e-6)
     streams = [network.get_layer(name).output for name in ("v_out", "adv_out")]
     v, adv = (part.numpy() for part in keras.Model(network.input, streams)(states))
     expected = v + adv - adv.mean(axis=1, keepdims=True)  # difference 4
@@ -118,20 +120,19 @@ def test_network_is_the_articles_and_the_mean_is_over_the_actions():
 @pytest.mark.parametrize("double_q", [True, False])
 def test_a_step_is_the_articles(monkeypatch, double_q):
     monkeypatch.setattr(script, "double_q", double_q)
-    agent, rng = script.Agent(seed=0), np.random.default_rng(0)
-    primary, target = agent.primary_network, agent.target_network
-    oracles.assert_same(primary.get_weights(), target.get_weights())  # difference 5: a copy
-    theirs, judge = script.DQModel(256, 6), script.DQModel(256, 6)
+    rng = np.random.default_rng(0)
+    primary, target, theirs, judge = (script.DQModel(256, 6) for _ in range(4))
     theirs.set_weights(primary.get_weights())
     target.set_weights(judge.get_weights())
+    adam = keras.optimizers.Adam(0.01)
+    adam.build(primary.trainable_variables)
     frames = rng.integers(0, 256, (32, 4, 105, 80), dtype="uint8")
     actions, terminals = rng.integers(0, 6, 32, "uint8"), np.float32(np.arange(32) % 4 == 0)
     rewards = rng.normal(size=32).astype("float32")
-    scaled = frames.transpose(0, 2, 3, 1) / np.float32(255)
-    batch = scaled[..., :3], actions, rewards, scaled[..., 1:], terminals
-    article = judge if double_q else theirs, batch, keras.optimizers.Adam(2.5e-4, epsilon=3e-4)
+    batch = frames[:, :3], actions, rewards, frames[:, 1:], terminals
+    article = judge if double_q else theirs, batch, keras.optimizers.Adam(0.01)
     expected = oracles.train_as_the_article(theirs, *article, keras.losses.Huber(), 0.99)
-    loss = agent.learn(frames, actions, rewards, terminals)
+    loss = tf.function(script.train)(primary, target, adam, frames, actions, rewards, terminals)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     oracles.assert_same(primary.get_weights(), theirs.get_weights(), atol=1e-5)
     pairs = zip(judge.get_weights(), primary.get_weights())
@@ -144,38 +145,48 @@ def test_a_step_is_the_articles(monkeypatch, double_q):
 def test_difference_1_units_stay_alive(monkeypatch, steps, least):
     """Of the advantage's 256 units so many answer on 64 screens, after steps on random play."""
 
-    def count_units(env, agent, seed, path):
-        memory, network = script.Memory(path.parent / "replay", 6500), agent.primary_network
-        states = script.network_input(memory.sample(64)[0][:, 1:])
-        stream = keras.Model(network.input, network.get_layer("adv_dense").output)
-        return int(np.count_nonzero(np.max(stream(states), axis=0)))
-
-    monkeypatch.setattr(script, "evaluate", count_units)
+    folders = []
+    monkeypatch.setattr(script, "evaluate", lambda *arguments: 0.0)
+    monkeypatch.setattr(script, "plot", lambda run: folders.append(run.folder))  # with its replay
+    monkeypatch.setattr(script.pathlib.Path, "unlink", lambda path, missing_ok: None)
     flags = ["--delay-training", "6000", "--max-steps", str(6000 + steps), "--replay-size", "6500"]
-    assert script.main(flags)["dueling"]["greedy_reward"] > least
+    script.main(flags)
+    network = keras.models.load_model(folders[0] / "dueling.keras")
+    states = script.Memory(folders[0] / "replay", 6500).sample(64)[0][:, 1:]
+    stream = keras.Model(network.input, network.get_layer("adv_dense").output)
+    assert np.count_nonzero(np.max(stream(states), axis=0)) > least
 
 
 # --- Games of 40 steps, and what a resumed run does ---
 def test_games_and_those_of_a_resumed_run(monkeypatch):
     make_env, choose_action, steps = script.make_env, script.choose_action, tf.Variable(0.0)
-    seeds, choices, networks = [], [], []
+    seeds, choices, networks, trained = [], [], [], []
 
     class Game(gymnasium.Wrapper):
         def reset(self, seed=None, options=None):
             seeds.append(seed)
             return super().reset(seed=seed)
 
+    def build(*arguments):
+        networks.append(model(*arguments))
+        return networks[-1]
+
     def watched_choice(state, predict, eps):
+        if not trained:  # difference 5: a copy
+            oracles.assert_same(*[network.get_weights() for network in networks])
         choice = types.SimpleNamespace(eps=eps, state=state, random=np.random.get_state()[1])
         choice.q, choice.action = predict(state[np.newaxis]), choose_action(state, predict, eps)
         choices.append(choice)
         return choice.action
 
-    def train(primary_network, target_network, update, *batch):
-        networks[:] = primary_network, target_network
-        update([1.0 * weight for weight in primary_network.trainable_variables])
+    def train(primary_network, target_network, optimizer, *batch):
+        trained[:] = primary_network, target_network, optimizer
+        gradients = [1.0 * weight for weight in primary_network.trainable_variables]
+        script.update_network(primary_network, target_network, optimizer, gradients)
         return steps.assign_add(1.0)
 
+    model = script.DQModel
+    monkeypatch.setattr(script, "DQModel", build)
     monkeypatch.setattr(script, "make_env", lambda _: Game(make_env(40)))
     monkeypatch.setattr(script, "choose_action", watched_choice)
     monkeypatch.setattr(script, "train", train)
@@ -191,9 +202,19 @@ def test_games_and_those_of_a_resumed_run(monkeypatch):
     assert [choice.action for choice in greedy] == [np.argmax(choice.q) for choice in greedy]
     assert seeds == [5, *[None] * 4, *range(1005, 1015)]  # no game of the training is judged
     saved = keras.models.load_model(folder / "dueling.keras")
-    oracles.assert_same(saved.get_weights(), networks[0].get_weights())
-    state = script.network_input(choices[-1].state[np.newaxis])
+    oracles.assert_same(saved.get_weights(), trained[0].get_weights())
+    state = choices[-1].state[np.newaxis]
     np.testing.assert_allclose(saved(state), choices[-1].q, rtol=1e-4)  # that was evaluated
+    assert trained[:2] == networks
+    settings = trained[2].get_config()
+    expected = keras.optimizers.Adam(2.5e-4, epsilon=3e-4).get_config()
+    assert settings | {"name": ""} == expected | {"name": ""}
+    with np.load(folder / "checkpoint.npz") as arrays:  # all of it, and as it was at the end
+        counts, *values = arrays.values()
+    assert counts.tolist() == [4, 150]
+    kept = [*networks[0].variables, *networks[1].variables, *trained[2].variables]
+    assert len(kept) == 12 + 12 + 24 + 2  # moments, iterations, learning rate
+    oracles.assert_same(values, [variable.numpy() for variable in kept])
 
     first, seeds[:], choices[:] = choices[0], [], []
     _, arms = helpers.run_main(script, ["--resume", str(folder), "--max-steps", "230"])
@@ -205,16 +226,15 @@ def test_games_and_those_of_a_resumed_run(monkeypatch):
 
 
 def test_a_checkpoint_brings_back_everything(tmp_path):
-    """Networks, optimizer and counters, bit for bit, even where a kill cut the next one off."""
-    agent, rng = script.Agent(seed=0), np.random.default_rng(0)
+    """Bit for bit, even where a kill cut the next one off."""
+    path, rng = tmp_path / "checkpoint.npz", np.random.default_rng(0)
+    variables = [tf.Variable(tf.zeros(shape)) for shape in ((2, 3), (), (4,))]
     for number in (1, 2):
-        for variable in agent.variables:
-            variable.assign(rng.integers(1, 99, variable.shape))
-        agent.episodes, agent.steps = number, 10 * number
-        agent.save(tmp_path)
-    (tmp_path / "checkpoint.new.npz").write_bytes((tmp_path / "checkpoint.npz").read_bytes()[:100])
-    other = script.Agent(seed=1)
-    other.restore(tmp_path)
-    assert (other.episodes, other.steps) == (2, 20)
-    assert len(other.variables) == 12 + 12 + 24 + 2  # moments, iterations, learning rate
-    oracles.assert_same(agent.variables, other.variables)
+        for variable in variables:
+            variable.assign(rng.normal(size=variable.shape))
+        script.save_checkpoint(path, [number, 10 * number], variables)
+    (tmp_path / "checkpoint.new.npz").write_bytes(path.read_bytes()[:100])
+    others = [tf.Variable(tf.zeros(variable.shape)) for variable in variables]
+    assert script.restore_checkpoint(path, others) == [2, 20]
+    oracles.assert_same([v.numpy() for v in variables], [v.numpy() for v in others])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.new.npz", path.name]

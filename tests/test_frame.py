@@ -229,13 +229,12 @@ def test_output_is_line_by_line_and_its_reader_may_go_away(tmp_path):
 
 
 def test_no_output_and_foreign_settings(tmp_path):
-    """pythonw has no stdout; a keras.json may say jax; a notebook names its backend of figures."""
+    """pythonw has no stdout; a keras.json may say jax."""
     path = ROOT / "mnist_eager_mlp.py"
     flags = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "1"]
     code = f"import sys, runpy; sys.stdout = None; sys.argv = ['x.py', *{flags}]"
     code += f"; runpy.run_path({str(path)!r}, run_name='__main__')"
-    settings = {"KERAS_BACKEND": "jax", "MPLBACKEND": "module://no_such_package.backend"}
-    run = helpers.finish(start(["-c", code], tmp_path, **settings), tmp_path)
+    run = helpers.finish(start(["-c", code], tmp_path, KERAS_BACKEND="jax"), tmp_path)
     assert run.code == 0, run.stderr
     assert run.results["complete"]
 

@@ -276,8 +276,6 @@ LOOK = {  # {script: {flag: what it alone decides}}
     | {
         "arms": lambda run: list(run.results["arms"]) == ["dueling"],
         "random_reward_std": lambda run: "N(1, 0)" in run.figures["reward.png"][0]["title"],
-        "delay_training": lambda run: "70 random steps" in run.stdout,
-        "epsilon_min_iter": lambda run: "eps: 0.010" in run.stdout,
     },
     "reinforce_cartpole": RUNS,
     "keras_pg_weighted_ce": RUNS,
