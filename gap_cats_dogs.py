@@ -164,7 +164,7 @@ def train(arm, run, sets):
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
     cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
-    print(f"\n{arm}: epochs {steps // args.steps_per_epoch + 1} to {args.epochs}")
+    print(f"\n{arm}: {steps // args.steps_per_epoch} of {args.epochs} epochs are done")
     print(f"{model.layers[-1].count_params():,} parameters follow the head")
     model.fit(
         cat_train.batch(args.batch_size).prefetch(tf.data.AUTOTUNE),

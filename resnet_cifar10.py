@@ -135,7 +135,7 @@ def train(arm, run, train_data, test_data):
     steps = int(model.optimizer.iterations.numpy())
     train_dataset, valid_dataset = make_datasets(train_data, test_data, args, steps)
     tensor_board = keras.callbacks.TensorBoard(log_dir=run.events / arm, write_images=True)
-    print(f"\n{arm}: epochs {steps // args.steps_per_epoch + 1} to {args.epochs}")
+    print(f"\n{arm}: {steps // args.steps_per_epoch} of {args.epochs} epochs are done")
     model.fit(
         train_dataset,
         epochs=args.epochs,

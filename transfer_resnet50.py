@@ -186,7 +186,7 @@ def fit(arm, run, model, sets, saved):
     cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
     cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
     tensor_board = keras.callbacks.TensorBoard(run.events / arm, update_freq="batch")
-    print(f"\n{arm}: epochs {steps // args.steps_per_epoch + 1} to {args.epochs}")
+    print(f"\n{arm}: {steps // args.steps_per_epoch} of {args.epochs} epochs are done")
     model.fit(
         cat_train.batch(args.batch_size).prefetch(tf.data.AUTOTUNE),
         steps_per_epoch=args.steps_per_epoch,

@@ -18,22 +18,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 LIMIT = 900  # seconds; it only ends what hangs, also on a busy machine
 
-Case = collections.namedtuple(
-    "Case",
-    [
-        "tiny",  # flags of a run of seconds, which changes every flag
-        "history",  # {arm: the names of its histories}
-        "tags",  # {folder of events: {kind: tags}}
-        "files",  # what else the run leaves in its folder, sorted
-        "started",  # what the script prints, with its defaults, once training is under way
-    ],
-)
+# A script's flags for a run of seconds, which changes every flag; {arm: names of its histories};
+# {folder of events: {kind: tags}}; what else the run leaves in its folder, sorted; and what the
+# script prints, with its defaults, once training is under way
+Case = collections.namedtuple("Case", "tiny history tags files started")
 Run = collections.namedtuple("Run", "code stdout stderr folder results figures")
 
 PHOTOGRAPHS = ["accuracy", "loss", "val_accuracy", "val_loss"]
 EPOCHS = {"scalars": {"epoch_accuracy", "epoch_loss"}}
 EPISODES = {"scalars": {"reward", "avg loss"}}
+TWO_RUNS = ["--gif", "--runs", "2", "--epochs", "40", "--max-steps"]
 SYNTHETIC = ["--synthetic", "--epochs", "2", "--steps-per-epoch", "2"]
+CURVES = ["training_accuracy.png", "validation_accuracy.png"]
 LINES = ["constant_noise", "growing_noise"]
 ACCURACY = "sparse_categorical_accuracy"
 KERNEL = "std_of_conv2d_kernel"
@@ -49,14 +45,8 @@ CASES = {
     "transfer_resnet50": Case(
         tiny=[*SYNTHETIC, "--batch-size", "8", "--weights", "none"],
         history=dict.fromkeys(["cnn", "resnet50"], PHOTOGRAPHS),
-        tags={
-            "cnn/train": {"scalars": {"epoch_accuracy", "batch_loss"}},
-            "resnet50/validation": EPOCHS,
-        },
-        files=[
-            *("cnn.keras", "resnet50.keras"),
-            *("samples.png", "training_accuracy.png", "validation_accuracy.png"),
-        ],
+        tags={"cnn/train": {"scalars": {"batch_loss"}}, "resnet50/validation": EPOCHS},
+        files=["cnn.keras", "resnet50.keras", "samples.png", *CURVES],
         started="Epoch 1/7",
     ),
     "resnet_cifar10": Case(
@@ -66,7 +56,7 @@ CASES = {
             "plain/train": {"scalars": {"epoch_acc"}, "graph_keras_model": {"keras"}},
             "plain/validation": {"scalars": {"epoch_acc"}},
         },
-        files=["plain.keras", "training_accuracy.png", "validation_accuracy.png"],
+        files=["plain.keras", *CURVES],
         started="Epoch 1/30",
     ),
     "mnist_eager_mlp": Case(
@@ -80,9 +70,7 @@ CASES = {
         tiny=["--synthetic", "--epochs", "2", "--fit-epochs", "3", "--steps-per-epoch", "15"],
         history={
             "loop": ["loss", ACCURACY],
-            "fit": [
-                f"{part}{name}" for part in ("", "val_") for name in ("loss", ACCURACY, KERNEL)
-            ],
+            "fit": ["loss", ACCURACY, KERNEL, "val_loss", f"val_{ACCURACY}", f"val_{KERNEL}"],
         },
         tags={
             "mean_metric": {"scalars": {"mean"}},
@@ -97,48 +85,38 @@ CASES = {
         tiny=["--epochs", "4", "--converge"],
         history={"prior": ["mean", "stddev"]} | dict.fromkeys(LINES, ["loss"]),
         tags={"prior": {"scalars": {"mean"}}} | dict.fromkeys(LINES, {"scalars": {"loss"}}),
-        files=sorted(
-            [f"{arm}_{kind}.png" for arm in LINES for kind in ("data", "fit")]
-            + [f"{arm}.weights.h5" for arm in LINES]
-            + ["prior.png"]
-        ),
+        files=[
+            *("constant_noise.weights.h5", "constant_noise_data.png", "constant_noise_fit.png"),
+            *("growing_noise.weights.h5", "growing_noise_data.png", "growing_noise_fit.png"),
+            "prior.png",
+        ],
         started="epoch",
     ),
     "double_q_cartpole": Case(
-        tiny=[
-            *["--epochs", "9", "--max-steps", "180", "--random-reward-std", "0"],
-            *["--runs", "2", "--arms", "double", "--gif"],
-        ],
+        tiny=[*TWO_RUNS, "180", "--arms", "double", "--random-reward-std", "0"],
         history={"double": ["reward", "avg loss"]},
         tags={"double/seed_3": EPISODES, "double/seed_4": EPISODES},
         files=["double.gif", "double.keras", "reward.png"],
         started="Episode: 50,",
     ),
     "dueling_q_cartpole": Case(
-        tiny=[
-            *["--epochs", "40", "--max-steps", "350", "--random-reward-std", "0"],
-            *["--runs", "2", "--arms", "dueling", "--gif"],
-        ],
+        tiny=[*TWO_RUNS, "350", "--arms", "dueling", "--random-reward-std", "0"],
         history={"dueling": ["reward", "avg loss"]},
         tags={"dueling/seed_3": EPISODES, "dueling/seed_4": EPISODES},
         files=["dueling.gif", "dueling.keras", "reward.png"],
         started="Episode: 25,",
     ),
     "reinforce_cartpole": Case(
-        tiny=["--epochs", "12", "--max-steps", "150", "--runs", "2", "--gif"],
+        tiny=[*TWO_RUNS, "150"],
         history={"reinforce": ["reward", "avg loss"]},
         tags={"reinforce/seed_3": EPISODES, "reinforce/seed_4": EPISODES},
         files=["reinforce.gif", "reinforce.keras", "reward.png"],
         started="Episode: ",
     ),
     "keras_pg_weighted_ce": Case(
-        tiny=["--epochs", "12", "--max-steps", "150", "--runs", "2", "--gif"],
+        tiny=[*TWO_RUNS, "150"],
         history={"identity": ["samples", "error"], "agent": ["reward", "avg loss"]},
-        tags={
-            "identity": {"scalars": {"error"}},
-            "agent/seed_3": EPISODES,
-            "agent/seed_4": EPISODES,
-        },
+        tags={"identity": {"scalars": {"error"}}, "agent/seed_4": EPISODES},
         files=["agent.gif", "agent.keras", "identity.png", "reward.png"],
         started="Episode: ",
     ),
