@@ -291,18 +291,17 @@ def train_agent(run):
         run.write()  # first, so that results.json has every game of the checkpoint
         save_checkpoint(run.folder / "checkpoint.npz", [episode, steps], variables)
     primary_network.save(run.folder / "dueling.keras")
-    history = run.records["dueling"]["history"]
+    final = evaluate(env, predict, args.seed, run.records["dueling"]["history"])
+    run.conclude("dueling", {"steps": steps, **final})
+
+
+def evaluate(env, predict, seed, history):
+    """Play ten greedy games, each from its own seed; return the final numbers of a training."""
     learned = [loss is not None for loss in history["avg loss"]]
     random_games = learned.index(True) if any(learned) else len(learned)
-    final = {"steps": steps, "reward": np.mean(history["reward"][-20:]).item()}
+    final = {"reward": np.mean(history["reward"][-20:]).item()}
     if random_games > 0:
         final["random_reward"] = np.mean(history["reward"][:random_games]).item()
-    final["greedy_reward"] = evaluate(env, predict, args.seed)
-    run.conclude("dueling", final)
-
-
-def evaluate(env, predict, seed):
-    """Play ten greedy games, each from its own seed; return their mean reward."""
     print("ten greedy games ...")
     tot_reward = 0.0
     for game_seed in range(seed + 1000, seed + 1010):
@@ -314,7 +313,7 @@ def evaluate(env, predict, seed):
             state = process_state_stack(state, image_preprocess(image))
             tot_reward += reward
             done = terminated or truncated
-    return tot_reward / 10
+    return {**final, "greedy_reward": tot_reward / 10}
 
 
 # %% Figures

@@ -1,11 +1,13 @@
-"""What several test files compare with: networks in NumPy, scripted games, and watched data."""
-
-import types
+"""What several test files compare with: networks as text and in NumPy, scripted games, data."""
 
 import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
+
+keras = tf.keras
+SETTINGS = "scale filters units pool_size kernel_size strides padding momentum rate activation"
+NORM = "BatchNormalization True 0.99"  # scale, momentum
 
 
 # --- Weights and gradients ---
@@ -20,37 +22,44 @@ def smallest_move(weights, others):
     return min(np.abs(one - other).max() for one, other in zip(weights, others, strict=True))
 
 
-def gradient_of(network, update):
-    """Return what update(optimizer) returns, and the gradient: by it plain descent moves."""
-    sgd, before = tf.keras.optimizers.SGD(1.0), network.get_weights()
-    sgd.build(network.trainable_variables)
-    returned = update(sgd)
-    gradient = [old - new for old, new in zip(before, network.get_weights())]
-    network.set_weights(before)
-    return returned, gradient
-
-
-def mlp(x, weights):
-    """Return the inputs and each layer's outputs, in float64: ReLU, and none at the end."""
-    outputs = [np.asarray(x, "float64")]
-    for i in range(0, len(weights), 2):
-        x = outputs[-1] @ weights[i].astype("float64") + weights[i + 1]
-        outputs.append(np.maximum(x, 0) if i + 2 < len(weights) else x)
-    return outputs
-
-
-def mlp_gradients(outputs, weights, delta):
-    """Return the weights' gradients, given `mlp`'s outputs and the gradient by the last ones."""
-    gradients = []
-    for i in reversed(range(0, len(weights), 2)):
-        inputs = outputs[i // 2]
-        gradients = [inputs.T @ delta, delta.sum(0), *gradients]
-        delta = (delta @ weights[i].T) * (inputs > 0)
-    return gradients
-
-
 def softmax(logits):
     return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def cross_entropy(probabilities, labels):
+    """Return the mean loss of probabilities (n, classes) and labels (n,)."""
+    return -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+
+
+# --- Networks ---
+def layers_as_text(model):
+    """Return a line for each layer: its type, its settings, a kernel's unusual initializer."""
+    lines = []
+    for layer in model.layers:
+        config = layer.get_config()
+        settings = [str(config[name]) for name in SETTINGS.split() if name in config]
+        initializer = config.get("kernel_initializer", {}).get("class_name", "GlorotUniform")
+        if initializer != "GlorotUniform":
+            settings.append(initializer)
+        lines.append(" ".join([type(layer).__name__, *settings]))
+    return lines
+
+
+def check_adam(optimizer, **settings):
+    """It is Keras's Adam with these settings, and of the others with the usual ones."""
+    expected = keras.optimizers.Adam(**settings).get_config()
+    assert optimizer.get_config() == expected | {"name": optimizer.name}
+
+
+def check_classifier(model, images):
+    """It is compiled with the cross-entropy, here by hand, with the accuracy, and with Adam."""
+    p = model(images).numpy()
+    if p.shape[1] == 1:  # the probability of class 1
+        p = np.hstack([1 - p, p])
+    labels = np.arange(len(images)) % p.shape[1]
+    expected = [cross_entropy(p, labels), np.mean(p.argmax(axis=1) == labels)]
+    assert model.evaluate(images, labels[:, None], verbose=0) == pytest.approx(expected, rel=1e-3)
+    check_adam(model.optimizer)
 
 
 # --- Data ---
@@ -70,7 +79,7 @@ def check_shuffle(make_train_dataset, size, batch_size):
     """Images 0 to size - 1 are shuffled, not batches, and by the seed; return two passes."""
 
     def two_passes(seed):
-        tf.keras.utils.set_random_seed(0)
+        keras.utils.set_random_seed(0)
         return labels_of(make_train_dataset(seed), 2 * size // batch_size)
 
     batches = two_passes(0)
@@ -82,18 +91,18 @@ def check_shuffle(make_train_dataset, size, batch_size):
     return first, second
 
 
-def check_test_accuracy(script, count):
-    """The newest run's saved models take pixels, and its test images were `count` unseen ones."""
-    images, labels = zip(*script.synthetic_photographs(count))
-    images = np.stack([script.pre_process_image(image, 0)[0] for image in images])
+def check_final_numbers(script):
+    """The newest run's saved models take pixels, and give its numbers of 9 and of 10 new images."""
     folder, results = helpers.newest_results(".")
+    sets = [script.synthetic_photographs(n).map(script.pre_process_image) for n in (9, 10)]
     for arm, record in results["arms"].items():
-        model = tf.keras.models.load_model(folder / f"{arm}.keras")
-        expected = np.mean((model(images).numpy()[:, 0] > 0.5) == np.array(labels))
-        assert record["final"]["test_accuracy"] == pytest.approx(expected, abs=1e-6)
+        model = keras.models.load_model(folder / f"{arm}.keras")
+        valid, test = [model.evaluate(images.batch(10), verbose=0) for images in sets]
+        found = [record["final"][name] for name in ("val_loss", "val_accuracy", "test_accuracy")]
+        assert found == pytest.approx([*valid, test[1]], rel=1e-4)
 
 
-# --- Q learning on CartPole ---
+# --- CartPole ---
 class Scripted:
     """Episodes of the given lengths, then of 3 steps; the states are 1, 2, 3, ..."""
 
@@ -117,72 +126,15 @@ class Scripted:
         return self.state(), 1.0, ended and self.falls, ended and not self.falls, {}
 
 
-def watch_trainings(script, monkeypatch, flags, env=None):
-    """Run main; return its folder, its arms, and of each training what it did.
-
-    In a scripted `env` the Q values are 0 and s in state s, and the losses 1, 2, 3, ...
-    """
-    trainings, losses = [], tf.Variable(0.0)
-    train, play, choose_action = script.train, script.play, script.choose_action
-
-    class Memory(script.Memory):
-        def __init__(self, max_memory):
-            super().__init__(max_memory)
-            trainings.append(types.SimpleNamespace(memory=self, choices=[], played=[]))
-
-    def watched_train(primary_network, target_network, optimizer, batch, state):
-        with tf.init_scope():  # a training calls it once, to compile it
-            networks = [net for net in (primary_network, target_network) if net is not None]
-            trainings[-1].starts = [network.get_weights() for network in networks]
-            trainings[-1].networks, trainings[-1].optimizer = networks, optimizer
-            if env:  # the last state's number, unchanged, is the last action's value
-                weights = [np.zeros_like(weight) for weight in networks[0].get_weights()]
-                for kernel in weights[::2]:
-                    kernel[-1, -1] = 1
-                networks[0].set_weights(weights)
-        if env:
-            return losses.assign_add(1.0), primary_network(state)
-        return train(primary_network, target_network, optimizer, batch, state)
-
-    def watched_play(env, predict):
-        trainings[-1].played.append(play(env, predict))
-        trainings[-1].q = predict(tf.ones((1, 4))).numpy()
-        return trainings[-1].played[-1]
-
-    def watched_choice(q_values, eps):
-        trainings[-1].choices.append((float(q_values[0][1]), eps))
-        return choose_action(q_values, eps)
-
-    def scripted_make(name, max_episode_steps, **options):
-        assert (name, max_episode_steps) == ("CartPole-v1", 200)
-        return env
-
-    changed = {"Memory": Memory, "train": watched_train, "play": watched_play}
-    for name, value in (changed | {"choose_action": watched_choice}).items():
-        monkeypatch.setattr(script, name, value)
-    if env:
-        monkeypatch.setattr(script.gymnasium, "make", scripted_make)
-    folder, arms = helpers.run_main(script, flags)
-    return folder.resolve(), arms, trainings
-
-
-def dense_layers(model):
-    """Return [(name, units, activation, kernel's initializer)] of the dense layers of a model."""
-    layers = [layer for layer in model.layers if isinstance(layer, tf.keras.layers.Dense)]
-    activations = [layer.activation.__name__ for layer in layers]
-    initializers = [type(layer.kernel_initializer).__name__ for layer in layers]
-    units = [layer.units for layer in layers]
-    return list(zip([layer.name for layer in layers], units, activations, initializers))
-
-
-def random_batch(seed=0):
-    """Return states, actions, rewards, next states and terminals of 32 steps."""
-    rng = np.random.default_rng(seed)
-    states, next_states = rng.normal(size=(2, 32, 4)).astype("float32")
-    actions, rewards = rng.integers(0, 2, 32, "int32"), rng.normal(1, 1, 32).astype("float32")
-    terminals = (rng.uniform(size=32) < 0.2).astype("float32")
-    next_states[0], terminals[:2] = 0, [0, 1]  # a zero that is no terminal, and a terminal
-    return states, actions, rewards, next_states, terminals
+# --- Q learning ---
+def check_dueling(network, states, x):
+    """Both streams get x, and Q is V plus the advantage over its mean of the state's actions."""
+    layer = network.get_layer
+    v = layer("v_out")(layer("v_dense")(x)).numpy()
+    adv = layer("adv_out")(layer("adv_dense")(x)).numpy()
+    expected = v + adv - adv.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(network(states), expected, rtol=1e-4, atol=1e-3)
+    assert np.ptp(adv.mean(axis=1)) > 1e-2  # or the batch's mean would do as well
 
 
 def train_as_the_article(network, judge, batch, optimizer, loss, gamma):

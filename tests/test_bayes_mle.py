@@ -34,13 +34,6 @@ def nll(y, mean, stddev):
     return np.log(stddev) + np.log(2 * np.pi) / 2 + ((y - mean) / stddev) ** 2 / 2
 
 
-def slope_of_nll(y, weights, h=1e-3):
-    """The gradient of the mean NLL, by differences."""
-    moves = h * np.eye(len(weights))
-    changes = [nll(y, *normals(weights + a)) - nll(y, *normals(weights - a)) for a in moves]
-    return np.mean(changes, axis=1) / (2 * h)
-
-
 @pytest.mark.parametrize("arm", STDDEV)
 def test_differences_1_to_3_each_point_meets_its_own_normal(arm):
     """By hand: N columns in, N losses out; sigma is a standard deviation."""
@@ -80,7 +73,7 @@ def test_difference_6_the_grid_gives_the_closed_form():
 
 
 def check_run(shown, flags, seed, capsys):
-    """Table, figure, and file, loaded by the printed line, are those of the fit `shown`."""
+    """The final numbers, figure, and file, loaded by the printed line, are of the fit `shown`."""
     folder, arms = run_main(script, [*flags, "--seed", str(seed)])
     printed = capsys.readouterr().out.splitlines()
     pasted = [line for line in printed if line.startswith("model = ")]
@@ -93,13 +86,13 @@ def check_run(shown, flags, seed, capsys):
         estimates, final = arms[arm]["estimates"], arms[arm]["final"]
         assert list(final.values()) == pytest.approx(by_hand, rel=1e-3)
         assert final == estimates[shown] | {"parameters": len(weights)}
-        assert [arm, "slope", f"{final['slope']:.4g}", "-"] in map(str.split, printed)
         assert events(folder / arm, "loss") == [*enumerate(arms[arm]["history"]["loss"], 1)]
         if shown == "fit":
             assert mean[0] > 0.3  # difference 5: a rate of 0.001 moves it by 0.03 at most
-            assert len(arms[arm]["history"]["loss"]) == (8 if arm == "growing_noise" else 4)
         else:
-            assert np.abs(slope_of_nll(y, weights)).max() < 0.001
+            for move in 0.01 * np.eye(len(weights)):  # the slope of the mean NLL
+                low, high = (nll(y, *normals(weights + a)).mean() for a in (-move, move))
+                assert abs(high - low) / 0.02 < 0.001
         axes = plt.figure(number).axes[0]
         np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([X, y], axis=1))
         bands = {band.get_label(): band.get_paths()[0].vertices for band in axes.collections[1:]}

@@ -154,12 +154,3 @@ def test_percent_run_keeps_its_flags(kernel):
     assert errors == [], printed
     assert "Episode: 2," in printed
     assert "dqn" not in printed
-
-
-def test_a_kernel_that_sets_file(kernel):
-    """As VS Code's interactive window does: the command line is the kernel's all the same."""
-    kernel.run("__file__ = 'somewhere/double_q_cartpole.py'")
-    source = helpers.source("double_q_cartpole")
-    printed, errors, _ = kernel.run(source, interrupt_at=CASES["double_q_cartpole"].started)
-    assert errors == ["SystemExit: 130"], printed
-    kernel.run("del __file__")
