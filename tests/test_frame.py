@@ -139,27 +139,27 @@ def test_records_and_final_numbers():
 
 def test_the_table_and_the_lines_to_paste(capsys):
     run = fit_script.Run(parse("--logdir", "a log"), "CIFAR-10")
-    run.record("resnet", 1, {})
+    run.record("plain", 1, {})
     final = {"acc": 0.73456, "val_acc": 1e-7, "parameters": 1234567, "episodes": None}
-    run.conclude("resnet", final)
-    (run.folder / "resnet.keras").touch()
+    run.conclude("plain", final)
+    (run.folder / "plain.keras").touch()
     (run.folder / "a.png").touch()
     capsys.readouterr()
-    assert run.report('x = "y"') == {"resnet": final}
+    assert run.report('x = "y"') == {"plain": final}
     lines = capsys.readouterr().out.splitlines()
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line[:6] == "resnet"}
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line[:5] == "plain"}
     assert rows == {  # here, then what the article gives
-        ("resnet", "acc"): ["0.7346", "0.7446"],
-        ("resnet", "val_acc"): ["1e-07", "0.6445"],
-        ("resnet", "parameters"): ["1,234,567", "-"],
-        ("resnet", "episodes"): ["never", "-"],
+        ("plain", "acc"): ["0.7346", "0.6876"],
+        ("plain", "val_acc"): ["1e-07", "0.6394"],
+        ("plain", "parameters"): ["1,234,567", "-"],
+        ("plain", "episodes"): ["never", "-"],
     }
     assert lines[1].split() == ["arm", "metric", "here", "article"]
     folder = run.folder.as_posix()
     assert lines[-5:] == [
         f"{folder}/a.png",
         "",
-        f'import keras; model = keras.models.load_model("{folder}/resnet.keras")',
+        f'import keras; model = keras.models.load_model("{folder}/plain.keras")',
         'x = "y"',
         f'tensorboard --logdir "{folder}"',
     ]
