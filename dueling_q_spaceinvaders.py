@@ -15,7 +15,7 @@ where one of three actions is still random. The rest is being measured.
 Differences from the article:
 1. TAU is 0.001, not 0.08, and Adam has a rate of 2.5e-4 and an epsilon of 3e-4, not 1e-7. Either of
    the article's two settings kills ReLU units: with its TAU 83 of the advantage stream's 256 answer
-   at step 71,000, with its Adam 74 at step 65,000, with ours 217 and, at step 354,000, 244.
+   at step 71,000, with its Adam 74 at step 65,000, with ours 217 and, at step 409,000, 245.
 2. A sampled state ends with the frame that the agent acted on; the article's is one frame older. It
    never mixes two games. A full memory is drawn from as a whole, not from its first 32 frames only.
 3. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
