@@ -164,13 +164,14 @@ def train(arm, run, sets):
     cat_train, cat_valid, cat_test = sets
     cat_train = cat_train.shuffle(len(cat_train), seed=args.seed).repeat()
     cat_train = cat_train.skip(steps * args.batch_size)  # a resumed run has seen them
-    print(f"\n{arm}: {steps // args.steps_per_epoch} of {args.epochs} epochs are done")
+    epochs_done = steps // args.steps_per_epoch
+    print(f"\n{arm}: {epochs_done} of {args.epochs} epochs are done")
     print(f"{model.layers[-1].count_params():,} parameters follow the head")
     model.fit(
         cat_train.batch(args.batch_size).prefetch(tf.data.AUTOTUNE),
         steps_per_epoch=args.steps_per_epoch,
         epochs=args.epochs,
-        initial_epoch=steps // args.steps_per_epoch,
+        initial_epoch=epochs_done,
         validation_data=cat_valid.batch(240),  # 1,000 images take gigabytes
         callbacks=[keras.callbacks.TensorBoard(run.events / arm), save_epochs(run, arm, model)],
         shuffle=False,  # the dataset is shuffled already

@@ -112,8 +112,8 @@ def show_identity(run):
         with train_writer.as_default(step=n):
             tf.summary.scalar("error", errors[-1])
     slope, _ = np.polyfit(np.log(samples), np.log(errors), 1)
-    run.conclude("identity", {"weighted_error": float(weighted_error), "sampled_error": errors[-1]})
-    run.conclude("identity", {"slope": float(slope)})
+    final = {"weighted_error": float(weighted_error), "sampled_error": errors[-1]}
+    run.conclude("identity", {**final, "slope": float(slope)})
 
 
 # %% Model

@@ -135,11 +135,12 @@ def train(arm, run, train_data, test_data):
     steps = int(model.optimizer.iterations.numpy())
     train_dataset, valid_dataset = make_datasets(train_data, test_data, args, steps)
     tensor_board = keras.callbacks.TensorBoard(log_dir=run.events / arm, write_images=True)
-    print(f"\n{arm}: {steps // args.steps_per_epoch} of {args.epochs} epochs are done")
+    epochs_done = steps // args.steps_per_epoch
+    print(f"\n{arm}: {epochs_done} of {args.epochs} epochs are done")
     model.fit(
         train_dataset,
         epochs=args.epochs,
-        initial_epoch=steps // args.steps_per_epoch,
+        initial_epoch=epochs_done,
         steps_per_epoch=args.steps_per_epoch,
         validation_data=valid_dataset,
         callbacks=[tensor_board, save_epochs(run, arm, model)],

@@ -58,7 +58,7 @@ def check_classifier(model, images):
         p = np.hstack([1 - p, p])
     labels = np.arange(len(images)) % p.shape[1]
     expected = [cross_entropy(p, labels), np.mean(p.argmax(axis=1) == labels)]
-    assert model.evaluate(images, labels[:, None], verbose=0) == pytest.approx(expected, rel=1e-3)
+    assert model.evaluate(images, labels[:, None], verbose=0) == pytest.approx(expected, rel=1e-4)
     check_adam(model.optimizer)
 
 
