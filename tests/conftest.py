@@ -24,11 +24,13 @@ def own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def closed_figures():
-    """Close the figures that a test has left open, as the end of a process does."""
-    yield
+def fresh():
+    """Let a test draw the same numbers each time; close its figures, as a process does."""
+    import keras
     import matplotlib.pyplot as plt
 
+    keras.utils.set_random_seed(0)
+    yield
     plt.close("all")
 
 

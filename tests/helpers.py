@@ -9,7 +9,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -191,6 +190,13 @@ def newest_results(folder):
     return (paths[-1].parent, json.loads(paths[-1].read_text())) if paths else (None, None)
 
 
+def recorded(results):
+    """Return how many epochs or episodes each history of each training has."""
+    records = results["arms"].values() if results else ()
+    trainings = [training for record in records for training in record.get("runs", [record])]
+    return [len(values) for training in trainings for values in training["history"].values()]
+
+
 def finish(process, folder):
     """Wait for a process; return its Run, with the newest results.json under folder/log."""
     try:
@@ -215,19 +221,6 @@ def wait_for(condition, process):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return value
-
-
-def wait_for_line(text, process):
-    """Read what the process prints until a line holds `text`; return that line."""
-    limit = threading.Timer(LIMIT, process.kill)
-    limit.start()
-    try:
-        for line in process.stdout:
-            if text in line:
-                return line
-    finally:
-        limit.cancel()
-    raise AssertionError(process.communicate())
 
 
 def run_main(script, flags):

@@ -1,6 +1,7 @@
 """What all scripts have in common: order, equal blocks, flags, packages, lengths, names."""
 
 import ast
+import difflib
 import importlib
 import re
 
@@ -9,23 +10,15 @@ import pytest
 from helpers import ROOT, SCRIPTS, parser_of, source
 
 SECTIONS = ["Data", "Environment", "Model", "Algorithm", "Training", "Figures", "Command line"]
-FRAME = {
-    "core": "# %% Frame: flags, run folder and results; the same text in every script",
-    "resume": "# %% Frame, resume: the same text in every script that can go on after an "
-    "interruption",
-    "fit": "# %% Frame, fit: the same text in every script that calls fit and can go on",
-    "episodes": "# %% Frame, episodes: the same text in every CartPole script",
+USERS = {  # of each block of the frame
+    "Frame": SCRIPTS,
+    "Frame, resume": [script for script in SCRIPTS if '"--resume"' in source(script)],
+    "Frame, fit": ["gap_cats_dogs", "resnet_cifar10", "transfer_resnet50"],
+    "Frame, episodes": [script for script in SCRIPTS if '"--runs"' in source(script)],
 }
-USERS = {  # of each block
-    "core": SCRIPTS,
-    "resume": [script for script in SCRIPTS if '"--resume"' in source(script)],
-    "fit": ["gap_cats_dogs", "resnet_cifar10", "transfer_resnet50"],
-    "episodes": [script for script in SCRIPTS if '"--runs"' in source(script)],
-}
+BLOCK_ENDS = dict(zip(USERS, (100, 16, 12, 50)))  # code lines at most, with the guard
 FIRST_FLAGS = ["epochs", "device", "logdir", "seed"]
 SHARED_FLAGS = [*FIRST_FLAGS, "steps_per_epoch", "max_steps", "synthetic", "resume"]
-UNCOUNTED_FLAGS = ["runs", "arms", "gif"]
-BLOCK_ENDS = {"core": 100, "resume": 16, "fit": 12, "episodes": 50}  # code lines, with the guard
 ENDS = {  # lines of each script at most
     "bayes_mle": 355,
     "double_q_cartpole": 428,
@@ -45,13 +38,11 @@ NAMES = dict(  # {script: the names that it has from its article's program}
 
 
 def blocks(script):
-    """Return {name: text} of the blocks of a script's frame; the guard belongs to the core."""
-    text = source(script)
-    frame, guard = text[text.index("# %% Frame") :].split("\n\n\nif __name__ == ")
-    parts = re.split(r"^(# %% Frame.*)$", frame, flags=re.M)[1:]
-    names = {marker: name for name, marker in FRAME.items()}
-    found = {names[marker]: text.strip() for marker, text in zip(parts[::2], parts[1::2])}
-    found["core"] += f"\n\n\nif __name__ == {guard}"
+    """Return {name: text} of the blocks of a script's frame; the guard belongs to the first."""
+    frame, guard = source(script).split("\n\n\nif __name__ == ")
+    parts = re.split(r"^# %% (Frame.*): ", frame, flags=re.M)[1:]
+    found = {name: f"# {text.strip()}\n" for name, text in zip(parts[::2], parts[1::2])}
+    found["Frame"] += f"if __name__ == {guard}"
     return found
 
 
@@ -75,7 +66,7 @@ def test_sections_stand_in_order_and_soon(script):
         assert lines[lines.index(f"# %% {section}") + 1].startswith("# "), section
 
 
-@pytest.mark.parametrize("block", FRAME)
+@pytest.mark.parametrize("block", USERS)
 def test_blocks_are_equal_and_short(block):
     texts = {blocks(script)[block] for script in USERS[block]}
     assert len(texts) == 1
@@ -142,11 +133,11 @@ def test_flags_stand_in_order(script, monkeypatch):
     assert names[:4] == FIRST_FLAGS
     shared = [name for name in SHARED_FLAGS if name in names]
     assert names[: len(shared)] == shared
-    assert len([n for n in names if n not in SHARED_FLAGS + UNCOUNTED_FLAGS]) <= 4
+    assert len(set(names) - {*SHARED_FLAGS, "runs", "arms", "gif"}) <= 4
     assert not parser.allow_abbrev
     if "max_steps" in names:
         assert "--episodes" in parser.format_help()
-    if script in USERS["episodes"]:
+    if script in USERS["Frame, episodes"]:
         assert {"runs", "gif"} <= set(names)
 
 
@@ -176,8 +167,6 @@ def test_pep_723_block_repeats_requirements(script):
 
 
 def test_the_two_q_scripts_differ_in_the_lesson_only():
-    import difflib
-
     texts = [source(script).splitlines() for script in ("double_q_cartpole", "dueling_q_cartpole")]
     changed = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
     assert len(changed) <= 130

@@ -68,7 +68,6 @@ def test_difference_2_memory_gives_what_happened_each_alike(tmp_path, size):
     It is killed each time within add_sample: fields are written in their order, the number last.
     """
     rng, happened = np.random.default_rng(size), []
-    np.random.seed(size)
     memory = script.Memory(tmp_path / "replay", size)
     assert 8400 <= (tmp_path / "replay").stat().st_size / size < 8500  # difference 3
     for added in (20, size - 1, size, size + 1, 2 * size, 2 * size + 1, 3 * size):
@@ -100,7 +99,6 @@ def test_network_is_the_articles_and_difference_4_the_mean_is_over_the_actions()
 @pytest.mark.parametrize("double_q", [True, False])
 def test_a_step_is_the_articles(monkeypatch, double_q):
     monkeypatch.setattr(script, "double_q", double_q)
-    keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     primary, target, theirs, judge = (script.DQModel(256, 6) for _ in range(4))
     theirs.set_weights(primary.get_weights())

@@ -43,7 +43,6 @@ def loss_and_gradient(script, network, rewards, states, actions):
 @pytest.mark.parametrize("length", [2, 7, 200])
 def test_difference_1_loss_and_gradient(script, length):
     """They are those of -mean(G log p(a|s)), as a tape sees it, with p not in Keras's own loss."""
-    keras.utils.set_random_seed(length)
     network, states = script.build_model(), np.random.normal(size=(length, 4)).astype("float32")
     rewards, actions = np.random.normal(size=length), np.random.randint(0, 2, length)
     returns = [sum(0.95**k * r for k, r in enumerate(rewards[t:])) for t in range(length)]
