@@ -336,7 +336,7 @@ def read_run(parser, argv):
         parser.error(f"argument --resume: {args.resume} is a run of {earlier['script']}.py")
     parser.set_defaults(**earlier["config"])
     args = parse_flags(parser, argv)
-    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume", "weights"}:
         if getattr(args, name) != earlier["config"][name]:
             parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, earlier

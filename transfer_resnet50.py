@@ -3,8 +3,7 @@
 Article: "Transfer learning in TensorFlow 2 tutorial" (Adventures in Machine Learning).
 
 A network trained on the photographs of ImageNet has learned features that help with other images
-too. Here ResNet50 is frozen. Its last layers are replaced by global average pooling and a single
-neuron, and only this neuron is trained.
+too. Here ResNet50 is frozen, and all that is trained is one neuron after global average pooling.
 
     python transfer_resnet50.py                          # both, 7 epochs each; fetches 900 MB
     python transfer_resnet50.py --epochs 2 --synthetic   # a quick look, without a download
@@ -231,6 +230,8 @@ def main(argv=None):
     args.weights = args.weights or ("none" if args.synthetic else "imagenet")
     if args.weights not in ("none", "imagenet") and not os.path.exists(args.weights):
         parser.error(f"argument --weights: there is no file {args.weights}")
+    if earlier and "resnet50" in earlier["arms"] and args.weights != earlier["config"]["weights"]:
+        parser.error("argument --weights: must be as in the run to resume")
     if args.arms[0] == "resnet50" and not earlier:
         build_tl_model(args.weights)  # a run that cannot start ends here, and leaves no folder
     sets = load_data(args.synthetic)
@@ -362,7 +363,7 @@ def read_run(parser, argv):
         parser.error(f"argument --resume: {args.resume} is a run of {earlier['script']}.py")
     parser.set_defaults(**earlier["config"])
     args = parse_flags(parser, argv)
-    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume"}:
+    for name in earlier["config"].keys() - {"epochs", "max_steps", "device", "resume", "weights"}:
         if getattr(args, name) != earlier["config"][name]:
             parser.error(f"argument --{name.replace('_', '-')}: must be as in the run to resume")
     return args, earlier

@@ -77,7 +77,7 @@ def test_weights_from_a_file_and_difference_5_what_the_base_gets(small):
     np.testing.assert_allclose(base(pixels), expected, rtol=1e-3, atol=1e-3 * np.std(expected))
 
 
-def test_weights_that_are_not_there(small, capsys, tmp_path):
+def test_weights_that_are_not_there(small, capsys, tmp_path, monkeypatch):
     def end(*flags):
         return helpers.exit_of(lambda: script.main([*TINY, "1", "--weights", *flags]), capsys)
 
@@ -91,6 +91,15 @@ def test_weights_that_are_not_there(small, capsys, tmp_path):
     folder, results = helpers.newest_results(".")
     assert list(results["arms"]) == ["cnn"]
     assert keras.models.load_model(folder / "cnn.keras").optimizer.iterations == 3
+
+    def train(run, sets):  # stands in for that of ResNet50, which goes on with other weights
+        run.record("resnet50", 1, {"accuracy": 0.5, "val_accuracy": 0.5})
+
+    monkeypatch.setattr(script, "train_tl_model", train)
+    script.main(["--resume", str(folder), "--weights", "none"])
+    assert helpers.newest_results(".")[1]["config"]["weights"] == "none"
+    _, line = end("imagenet", "--resume", str(folder))
+    assert line.endswith("error: argument --weights: must be as in the run to resume")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="there it has to be installed")
