@@ -191,10 +191,9 @@ def main(argv=None):
 # %% Several GPUs, several machines
 def make_strategy(args):
     """Return what shares each batch: all GPUs, all machines in TF_CONFIG, or nothing."""
-    if args.device == "all":
-        return tf.distribute.MirroredStrategy()
     if "TF_CONFIG" not in os.environ:
-        return tf.distribute.get_strategy()
+        all_gpus = args.device == "all"
+        return tf.distribute.MirroredStrategy() if all_gpus else tf.distribute.get_strategy()
     global keras, layers, MODULES
     import tf_keras as keras  # Keras 3 cannot train on several machines (keras issue 20585)
 

@@ -16,16 +16,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Run each test in a folder of its own, which also holds the data sets' caches."""
+def fresh(tmp_path, monkeypatch):
+    """Give each test a folder of its own, for caches too, the same random numbers, no figures."""
     monkeypatch.chdir(tmp_path)
     for name, value in helpers.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """Let a test draw the same numbers each time; close its figures, as a process does."""
     import keras
     import matplotlib.pyplot as plt
 

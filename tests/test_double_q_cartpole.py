@@ -14,21 +14,18 @@ import double_q_cartpole as double_q
 import dueling_q_cartpole as dueling_q
 
 in_both = pytest.mark.parametrize("script", [double_q, dueling_q], ids=["double_q", "dueling_q"])
-in_all_arms = pytest.mark.parametrize(
-    ("script", "arm", "build"),
-    [
-        (double_q, "dqn", double_q.build_model),
-        (double_q, "double", double_q.build_model),
-        (dueling_q, "double", lambda: dueling_q.DQModel(30, 2, dueling=False)),
-        (dueling_q, "dueling", lambda: dueling_q.DQModel(30, 2, dueling=True)),
-    ],
-)
+BUILDERS = {
+    (double_q, "dqn"): double_q.build_model,
+    (double_q, "double"): double_q.build_model,
+    (dueling_q, "double"): lambda: dueling_q.DQModel(30, 2, dueling=False),
+    (dueling_q, "dueling"): lambda: dueling_q.DQModel(30, 2, dueling=True),
+}
 
 
 # --- Double Q, and its parts ---
-@in_all_arms
-def test_a_step_is_the_articles(script, arm, build):
-    primary, target, theirs = build(), build(), build()
+@pytest.mark.parametrize(("script", "arm"), BUILDERS)
+def test_a_step_is_the_articles(script, arm):
+    primary, target, theirs = [BUILDERS[script, arm]() for _ in range(3)]
     theirs.set_weights(primary.get_weights())
     judge, tau = (theirs, 0) if arm == "dqn" else (target, 0.08)
     rng, state = np.random.default_rng(0), np.ones((1, 4), "float32")
@@ -155,8 +152,8 @@ def test_final_numbers_by_hand(script):
     assert env.actions == [1] * 1945  # ten episodes, always the action with the largest Q
 
 
-@in_all_arms
-def test_two_trainings_of_each_arm_and_one_of_an_arm_alone(script, arm, build, monkeypatch):
+@in_both
+def test_two_trainings_of_each_arm_and_one_of_an_arm_alone(script, monkeypatch):
     monkeypatch.setattr(script, "DELAY_TRAINING", 90, raising=False)
     monkeypatch.setattr(script, "TAU", 0)  # the target networks stay as they start
     monkeypatch.setattr(script, "train", train := mock.Mock(wraps=script.train))
@@ -164,24 +161,27 @@ def test_two_trainings_of_each_arm_and_one_of_an_arm_alone(script, arm, build, m
 
     def run_and_load(*flags):
         folder, arms = helpers.run_main(script, ["--epochs", "8", *flags])
-        return arms[arm]["runs"], keras.models.load_model(folder / f"{arm}.keras").get_weights()
+        paths = {arm: folder / f"{arm}.keras" for arm in arms}
+        return arms, {arm: keras.models.load_model(paths[arm]).get_weights() for arm in arms}
 
-    (_, second), saved = run_and_load("--runs", "2")
-    place = 2 * list(script.ARTICLE).index(arm)  # of the arm's first training
-    oracles.assert_same(saved, train.mock_calls[place].args[0].get_weights())
-    for seed in (0, 1):
-        primary, target, optimizer, *_ = train.mock_calls[place + seed].args
+    beside, saved = run_and_load("--runs", "2")
+    calls = zip(train.mock_calls, evaluate.mock_calls)
+    for arm, seed in [(arm, seed) for arm in beside for seed in (0, 1)]:
+        trained, judged = next(calls)
+        primary, target, optimizer, *_ = trained.args
+        *evaluated, predict, _, _ = judged.args
         keras.utils.set_random_seed(seed)
-        first = build().get_weights()
+        first = BUILDERS[script, arm]().get_weights()
         assert oracles.smallest_move(primary.get_weights(), first) > 0.005  # beside a still target
         assert (target is None) == (arm == "dqn")
         if target is not None:
             oracles.assert_same(target.get_weights(), first)  # a copy
         oracles.check_adam(optimizer)
-        *evaluated, predict, _, _ = evaluate.mock_calls[place + seed].args
         assert evaluated == ([primary] if script == double_q else [])
         np.testing.assert_allclose(predict(tf.eye(4)), primary(tf.eye(4)), rtol=1e-4)
-    (alone,), _ = run_and_load("--seed", "1", "--arms", arm)
-    assert alone["history"] == second["history"]
+        if seed == 0:
+            oracles.assert_same(saved[arm], primary.get_weights())
+    alone, _ = run_and_load("--seed", "1", "--arms", arm)
+    assert alone[arm]["runs"][0]["history"] == beside[arm]["runs"][1]["history"]
     _, untrained = run_and_load("--seed", "1", "--arms", arm, "--max-steps", "1")
-    oracles.assert_same(untrained, first)
+    oracles.assert_same(untrained[arm], first)

@@ -91,11 +91,9 @@ def test_weights_that_are_not_there(small, capsys, tmp_path, monkeypatch):
     folder, results = helpers.newest_results(".")
     assert list(results["arms"]) == ["cnn"]
     assert keras.models.load_model(folder / "cnn.keras").optimizer.iterations == 3
-
-    def train(run, sets):  # stands in for that of ResNet50, which goes on with other weights
-        run.record("resnet50", 1, {"accuracy": 0.5, "val_accuracy": 0.5})
-
-    monkeypatch.setattr(script, "train_tl_model", train)
+    # It goes on with other weights, until there is an epoch with them
+    half = {"accuracy": 0.5, "val_accuracy": 0.5}
+    monkeypatch.setattr(script, "train_tl_model", lambda run, _: run.record("resnet50", 1, half))
     script.main(["--resume", str(folder), "--weights", "none"])
     assert helpers.newest_results(".")[1]["config"]["weights"] == "none"
     _, line = end("imagenet", "--resume", str(folder))
