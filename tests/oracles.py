@@ -1,11 +1,10 @@
 """What several test files compare with: networks as text and in NumPy, scripted games, data."""
 
 import helpers
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-keras = tf.keras
 SETTINGS = "scale filters units pool_size kernel_size strides padding momentum rate activation"
 NORM = "BatchNormalization True 0.99"  # scale, momentum
 

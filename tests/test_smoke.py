@@ -136,9 +136,7 @@ def test_figures_of_epochs(smoke_run, script, figure, metrics):
 def test_figure_of_mnist(smoke_run):
     run = smoke_run("mnist_eager_mlp")
     ((_, epochs, values),) = run.figures["accuracy.png"][0]["lines"]
-    accuracy = run.results["arms"]["mlp"]["history"]["accuracy"]
-    assert epochs == [1, 2]
-    np.testing.assert_allclose(values, accuracy)
+    assert (epochs, values) == ([1, 2], run.results["arms"]["mlp"]["history"]["accuracy"])
 
 
 def test_figure_of_space_invaders(smoke_run):
