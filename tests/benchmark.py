@@ -414,7 +414,7 @@ def space_invaders():
     import dueling_q_spaceinvaders as script
 
     networks = script.DQModel(256, 6), script.DQModel(256, 6)
-    adam = keras.optimizers.Adam(2.5e-4, epsilon=3e-4)
+    adam = keras.optimizers.Adam(6.25e-5, epsilon=1.5e-4)
     adam.build(networks[0].trainable_variables)
     learn = tf.function(functools.partial(script.train, *networks, adam))
     frames, actions = np.zeros((32, 4, 105, 80), "uint8"), np.zeros(32, "uint8")

@@ -3,6 +3,7 @@
 import collections
 from unittest import mock
 
+import gymnasium
 import helpers
 import keras
 import numpy as np
@@ -136,7 +137,8 @@ def test_difference_1_units_stay_alive(monkeypatch, steps, least):
 # --- Games of 40 steps, and what a resumed run does ---
 def test_games_and_those_of_a_resumed_run(monkeypatch):
     make_env, choose_action, steps = script.make_env, script.choose_action, tf.Variable(0.0)
-    env, choices, random_states, trained = make_env(40), [], [], []
+    env = gymnasium.wrappers.TransformReward(make_env(40), lambda reward: 20.0)
+    choices, random_states, trained = [], [], []
     env.reset = mock.Mock(wraps=env.reset)
 
     def watched_choice(state, predict, eps):
@@ -157,10 +159,16 @@ def test_games_and_those_of_a_resumed_run(monkeypatch):
     monkeypatch.setattr(script, "make_env", lambda max_steps: env)
     monkeypatch.setattr(script, "choose_action", watched_choice)
     monkeypatch.setattr(script, "train", train)
+    add_sample = script.Memory.add_sample
+    stored = mock.create_autospec(add_sample, side_effect=add_sample)
+    monkeypatch.setattr(script.Memory, "add_sample", stored)
     flags = ["--max-steps", "150", "--delay-training", "50", "--epsilon-min-iter", "60"]
     folder, arms = helpers.run_main(script, [*flags, "--replay-size", "120", "--seed", "5"])
     rewards, final = arms["dueling"]["history"]["reward"], arms["dueling"]["final"]
     assert (final["steps"], final["random_reward"], len(rewards)) == (150, rewards[0], 4)
+    signs = [call.args[3] for call in stored.mock_calls if len(call.args) > 3]
+    assert (signs, rewards) == ([1] * 150, [800, 800, 800, 600])  # difference 1
+    assert final["greedy_reward"] == 800  # in points, as all that is recorded
     epsilons, actions, states, q_values = zip(*choices)
     expected = [*np.interp(range(150), [50, 50 + 60], [1, 0.1]), *[0] * 400]  # without a jump
     np.testing.assert_allclose(epsilons, expected, atol=1e-9)
@@ -168,7 +176,7 @@ def test_games_and_those_of_a_resumed_run(monkeypatch):
     assert list(actions[150:]) == [np.argmax(q) for q in q_values[150:]]
     ((primary, target, optimizer, variables, first_values),) = trained
     oracles.assert_same(first_values[:12], first_values[12:24])  # difference 5: a copy
-    oracles.check_adam(optimizer, learning_rate=2.5e-4, epsilon=3e-4)
+    oracles.check_adam(optimizer, learning_rate=6.25e-5, epsilon=1.5e-4)
     saved = keras.models.load_model(folder / "dueling.keras")
     oracles.assert_same(saved.get_weights(), primary.get_weights())
     np.testing.assert_allclose(saved(states[-1]), q_values[-1], rtol=1e-4)  # that was evaluated
