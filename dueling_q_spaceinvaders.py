@@ -14,8 +14,8 @@ where one of three actions is still random. The rest is being measured.
 
 Differences from the article:
 1. TAU is 0.001, not 0.08; Adam's rate is 6.25e-5 and its epsilon 1.5e-4, not 1e-7. The article's
-   values kill ReLU units: with its TAU 121 of the advantage stream's 256 answer at step 80,000, with
-   its Adam 74 at step 65,000. The agent learns from the signs of the rewards, not from the points.
+   values kill ReLU units: of the advantage stream's 256 units 121 answer with its TAU at step
+   80,000, 74 with its Adam at step 65,000. The agent learns from the signs of the rewards.
 2. A sampled state ends with the frame that the agent acted on; the article's is one frame older. It
    never mixes two games. A full memory is drawn from as a whole, not from its first 32 frames only.
 3. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.

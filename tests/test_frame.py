@@ -1,9 +1,11 @@
 """The frame, one text in every script: flags, folders, faults, Ctrl-C, kill and resume, once."""
 
 import argparse
+import functools
 import json
 import os
 import pathlib
+import runpy
 import signal
 import sys
 import time
@@ -106,14 +108,6 @@ def test_two_runs_in_one_second(monkeypatch):
     folders = [episodes_script.Run(parse(), "CartPole").folder for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.name.startswith("20300101-120000") for folder in folders)
-
-
-def test_tilde_is_the_home_folder(tmp_path, one_block):
-    fit_script.main([*FIT, "--logdir", "~/some log"])
-    (folder,) = (tmp_path / "some log" / "resnet_cifar10").iterdir()
-    fit_script.main([f"--resume=~/{folder.relative_to(tmp_path)}", "--epochs", "3"])
-    assert len(json.loads((folder / "results.json").read_text())["arms"]["plain"]["history"]["acc"])
-    assert not pathlib.Path("~").exists()
 
 
 def test_records_and_final_numbers():
@@ -240,34 +234,27 @@ def test_no_network_is_the_librarys_own_error_in_one_line(script, tmp_path):
     assert not (tmp_path / "log").exists()  # a run that cannot start leaves nothing
 
 
-RAISE = """
-import runpy, sys, gymnasium
-def make(*args, **options):
-    raise {error}
-gymnasium.make, sys.argv = make, ["x.py", "--epochs", "1"]
-runpy.run_path({path!r}, run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize(
     ("error", "code", "last_line"),
     [
-        ("OSError(28, 'No space left', 'x')", 1, "error: OSError: [Errno 28] No space left: 'x'"),
-        ("Exception('URL fetch failure')", 1, "error: Exception: URL fetch failure"),
-        ("KeyboardInterrupt", 130, "interrupted; what was finished is kept"),
-        ("ValueError('a fault')", 1, "ValueError: a fault"),  # nobody foresaw it: see below
+        (OSError(28, "No space left", "x"), 1, "error: OSError: [Errno 28] No space left: 'x'"),
+        (Exception("URL fetch failure"), 1, "error: Exception: URL fetch failure"),
+        (KeyboardInterrupt(), 130, "interrupted; what was finished is kept"),
     ],
 )
-def test_faults_of_disk_and_network_are_one_line(error, code, last_line, tmp_path):
-    source = RAISE.format(error=error, path=str(ROOT / "double_q_cartpole.py"))
-    run = helpers.finish(start(["-c", source], tmp_path), tmp_path)
-    assert (run.code, run.stderr.splitlines()[-1]) == (code, last_line)
-    assert ("Traceback" in run.stderr) == error.startswith("ValueError")
+def test_faults_of_disk_and_network_are_one_line(error, code, last_line, monkeypatch, capsys):
+    monkeypatch.setattr(episodes_script.gymnasium, "make", mock.Mock(side_effect=error))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--epochs", "1"])
+    run = functools.partial(runpy.run_path, episodes_script.__file__, run_name="__main__")
+    assert exit_of(run, capsys) == (code, last_line)
+    episodes_script.gymnasium.make.side_effect = ValueError("nobody foresaw it")
+    with pytest.raises(ValueError, match="nobody"):  # so it keeps its traceback
+        run()
 
 
 def test_control_c_keeps_what_was_finished(tmp_path):
     process = start([ROOT / "double_q_cartpole.py", "--epochs", "1000"], tmp_path)
-    helpers.wait_for(lambda: sum(recorded(tmp_path)) >= 200, process)
+    helpers.wait_for(lambda: sum(recorded(tmp_path)) >= 100, process)
     process.send_signal(signal.SIGINT)
     run = helpers.finish(process, tmp_path)
     assert run.code == 130, run.stderr
@@ -275,14 +262,14 @@ def test_control_c_keeps_what_was_finished(tmp_path):
     assert len(error_lines(run.stderr)) == 1
     assert run.results["complete"] is False
     rewards, losses = helpers.recorded(run.results)
-    assert rewards == losses >= 100
+    assert rewards == losses >= 50
 
 
 # --- Going on ---
 @pytest.fixture
 def begun(one_block):
-    """Return the folder of a finished run of two epochs."""
-    fit_script.main(FIT)
+    """Return the folder of a finished run of two epochs, which is in the home folder."""
+    fit_script.main([*FIT, "--logdir", "~/log"])
     return helpers.newest_results(".")[0]
 
 
@@ -308,7 +295,8 @@ def test_resume_trains_only_what_is_missing(begun):
     assert results["arms"]["plain"] == before
     config = results["config"]
     assert [config[name] for name in ("device", "steps_per_epoch", "seed")] == ["cpu", 2, 4]
-    _, arms = helpers.run_main(fit_script, ["--resume", str(begun), "--epochs", "3"])
+    _, arms = helpers.run_main(fit_script, [f"--resume=~/{begun}", "--epochs", "3"])
+    assert not pathlib.Path("~").exists()
     history = arms["plain"]["history"]
     assert {len(values) for values in history.values()} == {3}
     assert all(history[metric][:2] == before["history"][metric] for metric in history)
