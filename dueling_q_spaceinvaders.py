@@ -231,7 +231,7 @@ def restore_checkpoint(path, variables):
 
 # %% Training
 # In each step the agent acts, stores what it has seen, and learns from a batch of old steps.
-# It learns from the sign of a reward, which is 0 or 1. What is recorded are the game's points.
+# It learns from the sign of a reward, 0 or 1: with the points it stood still at 240 a game.
 def train_agent(run):
     """Play up to --epochs games or --max-steps steps, from the last checkpoint if there is one."""
     args = run.args
