@@ -42,6 +42,7 @@ def blocks(script):
     frame, guard = source(script).split("\n\n\nif __name__ == ")
     parts = re.split(r"^# %% (Frame.*): ", frame, flags=re.M)[1:]
     found = {name: f"# {text.strip()}\n" for name, text in zip(parts[::2], parts[1::2])}
+    assert found.keys() <= USERS.keys()
     found["Frame"] += f"if __name__ == {guard}"
     return found
 

@@ -1,5 +1,6 @@
 """Each script as one cell of a real Jupyter kernel: it trains at once, stops, and runs again."""
 
+import functools
 import os
 import queue
 import re
@@ -110,17 +111,24 @@ def paste_and_interrupt(kernel, script):
     return kernel.run(source, interrupt_at=CASES[script].started)
 
 
+def again_in_a_new_kernel(test):
+    """Repeat a test, once, in whose kernel an interrupt, or one before it, broke TensorFlow."""
+
+    @functools.wraps(test)
+    def repeated(kernel, **parameters):
+        try:
+            test(kernel, **parameters)
+        except KernelDiedError:  # a second time it would be ours
+            kernel.stop()
+            kernel.start()
+            test(kernel, **parameters)
+
+    return repeated
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
+@again_in_a_new_kernel
 def test_paste_interrupt_and_run_again(kernel, script):
-    try:
-        paste_interrupt_and_run_again(kernel, script)
-    except KernelDiedError:  # a second time it would be ours
-        kernel.stop()
-        kernel.start()
-        paste_interrupt_and_run_again(kernel, script)
-
-
-def paste_interrupt_and_run_again(kernel, script):
     printed, errors, _ = paste_and_interrupt(kernel, script)
     assert errors == ["SystemExit: 130"], printed
     assert "interrupted; what was finished is kept" in printed
@@ -142,6 +150,7 @@ def paste_interrupt_and_run_again(kernel, script):
     assert "invalid int value: 'one'" in printed
 
 
+@again_in_a_new_kernel
 def test_cell_by_cell(kernel):
     """As editors show the file; afterwards all lies open to play with."""
     *cells, last = re.split("^(?=# %%)", helpers.source("double_q_cartpole"), flags=re.MULTILINE)
@@ -154,6 +163,7 @@ def test_cell_by_cell(kernel):
     assert kernel.run("print(build_model()(np.ones((5, 4))).shape)") == ("(5, 2)\n", [], 0)
 
 
+@again_in_a_new_kernel
 def test_percent_run_keeps_its_flags(kernel):
     path = helpers.ROOT / "double_q_cartpole.py"
     printed, errors, _ = kernel.run(f"%run {path} --epochs 2 --arms double")
