@@ -11,8 +11,14 @@ oracles.py         what several of them are compared with: NumPy networks, scrip
 benchmark.py       speed, as ratios; run by hand
 """
 
+import os
+import tempfile
+
 import helpers
 import pytest
+
+keras_home = tempfile.TemporaryDirectory()
+os.environ["KERAS_HOME"] = keras_home.name  # Keras asks for it only when it is imported
 
 
 @pytest.fixture(autouse=True)

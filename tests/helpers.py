@@ -210,11 +210,6 @@ def finish(process, folder):
     return Run(process.returncode, stdout, stderr, *newest_results(folder), figures)
 
 
-def run_script(script, flags, folder, **variables):
-    """Run a script as a user starts it, in `folder`."""
-    return finish(start([ROOT / f"{script}.py", *flags], folder, **variables), folder)
-
-
 def wait_for(condition, process):
     """Wait until condition() is true, while the process runs; return its value."""
     deadline = time.monotonic() + LIMIT

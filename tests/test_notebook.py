@@ -133,9 +133,11 @@ def test_paste_interrupt_and_run_again(kernel, script):
     assert errors == ["SystemExit: 130"], printed
     assert "interrupted; what was finished is kept" in printed
 
-    flags, arms = CASES[script].tiny, list(CASES[script].history)
+    flags, arms = [*CASES[script].tiny, "--epochs", "2"], list(CASES[script].history)
     if "--synthetic" in flags and '"--arms"' in helpers.source(script):  # one is enough here
         flags, arms = [*flags, "--arms", arms[0]], arms[:1]
+    if "--runs" in flags:
+        flags += ["--runs", "1"]
     if script == "resnet_cifar10":  # its start is long
         kernel.run(
             "import functools; build_model = functools.partial(build_model, num_res_net_blocks=1)"
