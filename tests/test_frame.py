@@ -200,11 +200,10 @@ def test_gif_shows_a_greedy_episode_and_asks_for_pygame_first(monkeypatch, capsy
 
 
 # --- Where the scripts run ---
-def test_without_an_output(monkeypatch):
-    """pythonw has no stdout."""
+def test_without_an_output(one_block, monkeypatch):
+    """pythonw has no stdout, and Keras's progress bar asks for one."""
     monkeypatch.setattr(sys, "stdout", None)
-    flags = ["--synthetic", "--epochs", "1", "--steps-per-epoch", "1"]
-    importlib.import_module("mnist_eager_mlp").main(flags)
+    fit_script.main([*FIT, "--epochs", "1"])
     assert helpers.newest_results(".")[1]["complete"]
 
 
