@@ -15,11 +15,11 @@ against 68 (difference 21.5 +- 7.0, its standard error), but not later (183 and 
 its values are too large by 1.4, deep Q's by 3.0. A single run of either may say the opposite.
 
 Differences from the article:
-1. CartPole-v0 is no more. This is CartPole-v1 with v0's limit of 200 steps.
-2. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for it;
-   the article's `valid_idxs` looks for zeros.
-3. The training step is compiled. `avg loss` leaves out steps without training.
-4. The last step of an episode counts in its length. All networks start from the same weights.
+1. CartPole-v0 is out of date. This is CartPole-v1 with v0's limit of 200 steps.
+2. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for that;
+   the article's next state is then made of zeros, and its `valid_idxs` finds the others.
+3. A compiled step replaces `train_on_batch`. `avg loss` leaves out steps without training.
+4. The last step of an episode counts in its length. The target network starts as a copy.
 """
 
 # /// script
@@ -29,6 +29,7 @@ Differences from the article:
 # ///
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -58,7 +59,6 @@ GAMMA = 0.95  # what a reward one step later is worth
 BATCH_SIZE = 32
 TAU = 0.08  # how fast the target network follows
 RANDOM_REWARD_STD = 1.0
-
 state_size = 4
 num_actions = 2
 
@@ -66,7 +66,7 @@ num_actions = 2
 # %% Algorithm
 # First the bias itself, on random numbers; then the two ways to learn from a batch of steps.
 def show_max_bias():
-    """Print the means of the rewards around the article's state B, and of the largest of them."""
+    """Print the means of two noisy rewards, and of the largest: 3.5 (the article: around 3)."""
     Ra = np.zeros((10000,))  # for going back to A
     Rc = np.random.normal(1, 4, 10000)
     Rd = np.random.normal(1, 4, 10000)
@@ -115,7 +115,7 @@ def update_network(primary_network, target_network):
 
 
 def train(primary_network, target_network, optimizer, batch, state):
-    """Take a gradient step on a batch (n, 11); return its loss and the new Q values of a state.
+    """Take a gradient step on a batch (n, 11); return its loss, and the Q values of `state` (1, 4).
 
     Q_target = r + GAMMA max_a Q(s', a) in deep Q learning. In the article's example, from A to E
     where 0 and 2 can be had, that is 0 + 0.95 x 2 = 1.9.
@@ -154,6 +154,7 @@ def train_agent(arm, seed, run):
         target_network = build_model()
         target_network.set_weights(primary_network.get_weights())
     optimizer = keras.optimizers.Adam()
+    primary_network.compile(optimizer, "mse")  # so the saved network can be evaluated
     optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
     learn = functools.partial(train, primary_network, target_network, optimizer)
     shapes = tf.TensorSpec((BATCH_SIZE, 11)), tf.TensorSpec((1, 4))  # fixed: a third less time
@@ -284,11 +285,10 @@ def parse_flags(parser, argv):
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
     if args.device == "gpu" and not gpus:
         parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started in this process
         tf.config.set_visible_devices(gpus, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        parser.error(f"argument --device: too late for {args.device}; restart Python first")
-    return args
+        return args
+    parser.error(f"argument --device: too late for {args.device}; restart Python first")
 
 
 class Run:
@@ -402,7 +402,7 @@ def compare_rewards(run, title):
             if None not in values:
                 record["final"][metric] = statistics.mean(values)
                 record["spread"][metric] = statistics.stdev(values) if len(values) > 1 else 0.0
-            elif set(values) == {None}:  # as in each of them; of a few no mean is made
+            elif set(values) == {None}:  # in all trainings; if in some, no mean is made
                 record["final"][metric] = None
         histories = [training["history"]["reward"] for training in record["runs"]]
         length = min(len(history) for history in histories)

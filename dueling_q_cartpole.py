@@ -13,10 +13,10 @@ Result (300 episodes, seeds 0 to 4): from episode 100 on the pole stood for 171 
 with Double Q, and for 167 with Dueling Q. The article, too, finds no clear difference.
 
 Differences from the article:
-1. CartPole-v0 is no more. This is CartPole-v1 with v0's limit of 200 steps.
-2. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for it;
-   the article's `valid_idxs` looks for zeros.
-3. The training step is compiled. `avg loss` leaves out steps without training.
+1. CartPole-v0 is out of date. This is CartPole-v1 with v0's limit of 200 steps.
+2. Only a fallen pole is terminal, not the time limit. The memory, one table, has a column for that;
+   the article's next state is then made of zeros, and its `valid_idxs` finds the others.
+3. A compiled step replaces `train_on_batch`. `avg loss` leaves out steps without training.
 4. The mean of the advantages is taken over a state's actions. The article's is over the batch.
 5. The target network starts as a copy. The article copies before the networks have any weights.
 6. Epsilon falls until step 300 + 5,000. The article's jumps at step 5,000, from 0.07 to 0.01.
@@ -30,6 +30,7 @@ Differences from the article:
 # ///
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -60,7 +61,6 @@ GAMMA = 0.95  # what a reward one step later is worth
 BATCH_SIZE = 32
 TAU = 0.08  # how fast the target network follows
 RANDOM_REWARD_STD = 1.0
-
 state_size = 4
 num_actions = 2
 
@@ -130,7 +130,7 @@ def update_network(primary_network, target_network):
 
 
 def train(primary_network, target_network, optimizer, batch, state):
-    """Take a gradient step on a batch (n, 11); return its loss and the new Q values of a state.
+    """Take a gradient step on a batch (n, 11); return its loss, and the Q values of `state` (1, 4).
 
     Q_target = r + GAMMA Q_target_network(s', a*), a* = argmax_a Q(s', a), in Double Q learning.
     """
@@ -161,6 +161,7 @@ def train_agent(arm, seed, run):
     target_network = DQModel(30, num_actions, dueling=arm == "dueling")
     target_network.set_weights(primary_network.get_weights())
     optimizer = keras.optimizers.Adam()
+    primary_network.compile(optimizer, "mse")  # so the saved network can be evaluated
     optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
     learn = functools.partial(train, primary_network, target_network, optimizer)
     shapes = tf.TensorSpec((BATCH_SIZE, 11)), tf.TensorSpec((1, 4))  # fixed: a third less time
@@ -186,9 +187,7 @@ def train_agent(arm, seed, run):
             state = next_state
             cnt += 1
             steps += 1
-            if steps <= DELAY_TRAINING:
-                q_values = predict(tf.constant(state[np.newaxis]))
-            else:
+            if steps > DELAY_TRAINING:  # until then all actions are random
                 batch = memory.sample(BATCH_SIZE)
                 loss, q_values = learn(batch, tf.constant(state[np.newaxis]))
                 losses.append(float(loss))
@@ -280,11 +279,10 @@ def parse_flags(parser, argv):
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
     if args.device == "gpu" and not gpus:
         parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started in this process
         tf.config.set_visible_devices(gpus, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        parser.error(f"argument --device: too late for {args.device}; restart Python first")
-    return args
+        return args
+    parser.error(f"argument --device: too late for {args.device}; restart Python first")
 
 
 class Run:
@@ -398,7 +396,7 @@ def compare_rewards(run, title):
             if None not in values:
                 record["final"][metric] = statistics.mean(values)
                 record["spread"][metric] = statistics.stdev(values) if len(values) > 1 else 0.0
-            elif set(values) == {None}:  # as in each of them; of a few no mean is made
+            elif set(values) == {None}:  # in all trainings; if in some, no mean is made
                 record["final"][metric] = None
         histories = [training["history"]["reward"] for training in record["runs"]]
         length = min(len(history) for history in histories)

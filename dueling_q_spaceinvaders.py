@@ -17,11 +17,12 @@ Differences from the article:
    values kill ReLU units: of the advantage stream's 256 units 121 answer with its TAU at step
    80,000, 74 with its Adam at step 65,000. The agent learns from the signs of the rewards.
 2. A sampled state ends with the frame that the agent acted on; the article's is one frame older. It
-   never mixes two games. A full memory is drawn from as a whole, not from its first 32 frames only.
+   never mixes two games. A full memory is drawn from as a whole, the article's from its head.
 3. Frames are kept in a file as uint8, 8,400 bytes each. The article's float32 frames take 33,600.
 4. The mean of the advantages is taken over a state's actions. The article's is over the batch.
 5. The target network starts as a copy. Epsilon falls until step 550,000; the article's jumps.
-6. SpaceInvaders-v0 is v5 with v0's rhythm. 1,500 games take a million's place.
+6. The step is compiled. `avg loss` leaves out steps without training. DQModel is a function.
+7. The game is ALE/SpaceInvaders-v5, with v0's 2 to 4 frames a step. 1,500 games, not a million.
 """
 
 # /// script
@@ -31,6 +32,7 @@ Differences from the article:
 # ///
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -59,7 +61,6 @@ POST_PROCESS_IMAGE_SIZE = (105, 80)
 DELAY_TRAINING = 50000
 NUM_FRAMES = 3
 GIF_RECORDING_FREQ = 50
-
 num_actions = 6
 double_q = True  # False: the article's plain deep Q learning
 
@@ -240,6 +241,7 @@ def train_agent(run):
     target_network = DQModel(256, num_actions)
     target_network.set_weights(primary_network.get_weights())
     optimizer = keras.optimizers.Adam(6.25e-5, epsilon=1.5e-4)
+    primary_network.compile(optimizer, keras.losses.Huber())  # the saved one can be evaluated
     optimizer.build(primary_network.trainable_variables)  # compiled code cannot make its variables
     variables = primary_network.variables + target_network.variables + optimizer.variables
     predict = tf.function(primary_network, jit_compile=True)  # without XLA nearly twice as long
@@ -249,7 +251,7 @@ def train_agent(run):
     if (run.folder / "checkpoint.npz").exists():
         episode, steps = restore_checkpoint(run.folder / "checkpoint.npz", variables)
     keras.utils.set_random_seed(args.seed + episode)  # a resumed run draws other numbers
-    env = make_env(args.max_steps)
+    env = make_env(args.max_steps)  # a limit for the greedy games too
     env.reset(seed=args.seed + episode)
     memory = Memory(run.folder / "replay", args.replay_size)
     train_writer = tf.summary.create_file_writer(str(run.events / "dueling"))
@@ -397,11 +399,10 @@ def parse_flags(parser, argv):
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
     if args.device == "gpu" and not gpus:
         parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started in this process
         tf.config.set_visible_devices(gpus, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        parser.error(f"argument --device: too late for {args.device}; restart Python first")
-    return args
+        return args
+    parser.error(f"argument --device: too late for {args.device}; restart Python first")
 
 
 class Run:

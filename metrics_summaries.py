@@ -20,6 +20,7 @@ Differences from the article:
 6. `MetricLayer` owns its metric, a mean: Keras 3 has no `add_metric(..., aggregation="mean")`.
 7. `fit` trains a fresh network, as the author's notebook does. The text goes on with the loop's.
 8. The mean is written before it is reset: in the article's order TensorBoard would show 0.
+9. `fit` writes no graph for TensorBoard: Keras cannot describe a layer that holds another one.
 """
 
 # /// script
@@ -29,6 +30,7 @@ Differences from the article:
 # ///
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -165,10 +167,8 @@ def train_by_hand(run, train_dataset, valid_dataset, num_batches):
 
 
 # Then `fit`, which updates, writes and resets all metrics by itself, also those of layers.
-# The kernel's spread stays near its first value, on average 0.123: Keras draws it so. In the
-# author's notebook it grows from 0.136 to 0.181, because pixels are divided by 255 twice. Batch
-# norm adds 0.001 to their tiny variance, and a larger kernel makes up for that. With such pixels
-# it grows here as well, by 0.04 (seeds 0 to 2), but not if batch norm adds 1e-12 (seed 0).
+# The kernel's spread stays near its first value, on average 0.123: Keras draws it so. It grows from
+# 0.136 to 0.181 in the author's notebook, whose pixels are divided by 255 twice: see docs/results.
 class MetricLayer(keras.layers.Layer):
     """Passes its input on unchanged; its metric is the standard deviation of a layer's kernel."""
 
@@ -194,7 +194,6 @@ def train_with_fit(run, train_dataset, valid_dataset, num_batches):
         run.record("fit", epoch + 1, logs)
         run.conclude("fit", logs)
 
-    # Without a graph: Keras cannot describe a layer that holds another one.
     board = keras.callbacks.TensorBoard(run.events / "fit", update_freq="batch", write_graph=False)
     callbacks = [board, keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)]
     metric_model.fit(
@@ -267,11 +266,10 @@ def parse_flags(parser, argv):
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
     if args.device == "gpu" and not gpus:
         parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started in this process
         tf.config.set_visible_devices(gpus, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        parser.error(f"argument --device: too late for {args.device}; restart Python first")
-    return args
+        return args
+    parser.error(f"argument --device: too late for {args.device}; restart Python first")
 
 
 class Run:

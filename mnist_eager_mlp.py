@@ -15,6 +15,7 @@ Differences from the article:
 1. Images are float32 constants. The article makes variables of float64, and casts each batch.
 2. Adam's update is compiled. One by one its many small operations take longer than the network.
 3. `--compile` is new. The article speaks of 5,000 validation images, but Keras's MNIST has none.
+4. TensorBoard's graph and curves are written. The article shows them, but not their code.
 """
 
 # /// script
@@ -24,6 +25,7 @@ Differences from the article:
 # ///
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -71,7 +73,8 @@ def show_simple_example(folder):
     print(f"Variable a is {simple_graph(tf.cast(b, tf.float32), c, const).numpy()}")
     b[6:9].assign([10, 10, 10])
     print(f"Variable a is {simple_graph(tf.cast(b, tf.float32), c, const).numpy()}")
-    print(f"The slice b[2:5], a new tensor, is {b[2:5].numpy()}")
+    f = b[2:5]  # a new tensor
+    print(f"The slice b[2:5] is {f.numpy()}")
 
 
 # %% Data
@@ -142,7 +145,6 @@ def train(run, x_train, y_train, x_test, y_test):
     weights = build_model()
     optimizer = keras.optimizers.Adam()
     optimizer.build(weights)  # compiled code cannot make its variables
-    # Adam's many small operations, run one by one, would take longer than the network.
     update = tf.function(lambda gradients: optimizer.apply_gradients(zip(gradients, weights)))
     step = tf.function(train_step, jit_compile=True) if args.compile else train_step
     writer = tf.summary.create_file_writer(str(run.events / "mlp"))
@@ -231,11 +233,10 @@ def parse_flags(parser, argv):
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
     if args.device == "gpu" and not gpus:
         parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started in this process
         tf.config.set_visible_devices(gpus, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        parser.error(f"argument --device: too late for {args.device}; restart Python first")
-    return args
+        return args
+    parser.error(f"argument --device: too late for {args.device}; restart Python first")
 
 
 class Run:

@@ -25,6 +25,7 @@ Differences from the article:
 # ///
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -134,6 +135,7 @@ def train(arm, run, train_data, test_data):
     model = keras.models.load_model(path) if path.exists() else build_model(arm)
     steps = int(model.optimizer.iterations.numpy())
     train_dataset, valid_dataset = make_datasets(train_data, test_data, args, steps)
+    # `write_images` writes none, as in the article: histogram_freq, which it needs, is 0.
     tensor_board = keras.callbacks.TensorBoard(log_dir=run.events / arm, write_images=True)
     epochs_done = steps // args.steps_per_epoch
     print(f"\n{arm}: {epochs_done} of {args.epochs} epochs are done")
@@ -240,11 +242,10 @@ def parse_flags(parser, argv):
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")
     if args.device == "gpu" and not gpus:
         parser.error("argument --device: TensorFlow finds no GPU; use auto or cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started in this process
         tf.config.set_visible_devices(gpus, "GPU")
-    except RuntimeError:  # TensorFlow has already started in this process
-        parser.error(f"argument --device: too late for {args.device}; restart Python first")
-    return args
+        return args
+    parser.error(f"argument --device: too late for {args.device}; restart Python first")
 
 
 class Run:

@@ -130,7 +130,8 @@ def test_what_a_training_stores_and_records(script, falls, std, monkeypatch):
     ends = [93, 96, 126] if falls else []  # not the time limit
     assert np.flatnonzero(rows[:, 10]).tolist() == ends
     q_values, epsilons = zip(*[call.args for call in choose_action.mock_calls])
-    assert [q[0][1] for q in q_values] == states  # no older state's
+    random_steps = 96 if script == dueling_q else 0
+    assert [q[0][1] for q in q_values][random_steps:] == states[random_steps:]  # no older state's
     steps = np.arange(127)
     expected = 0.01 + 0.99 * np.exp(-0.0005 * steps)
     if script == dueling_q:  # its difference 6: without a jump
@@ -176,6 +177,7 @@ def test_two_trainings_of_each_arm_and_each_arm_alone(script, monkeypatch):
         if seed == 0:
             saved = keras.models.load_model(folder / f"{arm}.keras")
             oracles.assert_same(saved.get_weights(), primary.get_weights())
+            assert saved.optimizer.iterations == optimizer.iterations > 0  # compiled
     for arm in beside:
         _, alone = helpers.run_main(script, ["--epochs", "8", "--seed", "1", "--arms", arm])
         (found,), (_, expected) = alone[arm]["runs"], beside[arm]["runs"]

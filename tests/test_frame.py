@@ -74,7 +74,6 @@ def test_help_shows_defaults_and_the_run_lines_of_the_docstring():
     text = " ".join(episodes_script.make_parser("--epochs", default=7).format_help().split())
     assert "(default: 7)" in text
     assert "python double_q_cartpole.py --random-reward-std 0; python double_q" in text
-    assert "first figure" not in text
 
 
 def test_a_kernels_command_line_is_not_ours(monkeypatch):

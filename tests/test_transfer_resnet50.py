@@ -106,7 +106,6 @@ def test_weights_that_are_not_there(small, capsys, tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="there it has to be installed")
 def test_tfds_needs_no_importlib_resources_before_it_downloads(tmp_path):
     (tmp_path / "importlib_resources.py").write_text("raise ModuleNotFoundError(__name__)")
-    ask = "import transfer_resnet50 as script"
-    ask += "; print(script.tfds.builder('cats_vs_dogs').url_infos)"
+    ask = "import transfer_resnet50 as t; print(t.tfds.builder('cats_vs_dogs').url_infos)"
     run = helpers.finish(helpers.start(["-c", ask], tmp_path), tmp_path)
     assert "kagglecatsanddogs" in run.stdout, run.stderr
