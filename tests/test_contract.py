@@ -119,9 +119,8 @@ def test_docstrings(script):
     lines = module.__doc__.strip().splitlines()
     assert lines[0].endswith(".")
     assert len(lines) <= 25
-    assert "\nArticle: " in module.__doc__
-    assert "\nResult" in module.__doc__
-    assert "\nDifferences from the article:\n1. " in module.__doc__
+    for part in ("Article: ", "Result", "Differences from the article:\n1. "):
+        assert f"\n{part}" in module.__doc__
     for node in ast.parse(source(script)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             assert ast.get_docstring(node), node.name

@@ -238,10 +238,11 @@ def test_faults_of_disk_and_network_are_one_line(error, code, last_line, monkeyp
 
 def test_lines_come_at_once_and_control_c_keeps_what_was_finished(tmp_path):
     """A log that is redirected to a file can be followed, and outlives a SIGTERM."""
-    process = start([ROOT / "double_q_cartpole.py", "--epochs", "1000"], tmp_path)
-    line = process.stdout.readline()  # it comes long before the buffer of 8 kB is full
-    assert line.startswith("double_q_cartpole on CartPole")
-    helpers.wait_for(lambda: recorded(tmp_path) >= 100, process)
+    # Games at random: an interrupt within TensorFlow becomes, rarely, a SystemError
+    process = start([ROOT / "dueling_q_spaceinvaders.py", "--replay-size", "100"], tmp_path)
+    assert process.stdout.readline().startswith("dueling_q_spaceinvaders on ALE")
+    assert recorded(tmp_path) < 100  # long before a buffer of 8 kB is full
+    helpers.wait_for(lambda: recorded(tmp_path) >= 8, process)
     process.send_signal(signal.SIGINT)
     run = helpers.finish(process, tmp_path)
     assert run.code == 130, run.stderr
@@ -249,7 +250,7 @@ def test_lines_come_at_once_and_control_c_keeps_what_was_finished(tmp_path):
     assert len(error_lines(run.stderr)) == 1
     assert run.results["complete"] is False
     rewards, losses = helpers.recorded(run.results)
-    assert rewards == losses >= 50
+    assert rewards == losses >= 4
 
 
 # --- Going on ---

@@ -35,7 +35,7 @@ if "resnet50" in globals():
 
 
 class KernelDiedError(Exception):
-    """An interrupt within TensorFlow may, rarely, abort it, or stop its tapes for good."""
+    """An interrupt within TensorFlow may, rarely, abort it, or stop its tapes, or be lost."""
 
 
 class Kernel:
@@ -81,7 +81,7 @@ class Kernel:
                 printed += content["text"]
             elif kind == "error":
                 errors.append(f"{content['ename']}: {content['evalue']}")
-                if "No gradients provided" in errors[-1]:  # no tape records any more
+                if re.search("No gradients provided|SystemError", errors[-1]):
                     raise KernelDiedError(printed)
             elif kind == "display_data":
                 pictures += "image/png" in content["data"]
