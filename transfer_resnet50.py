@@ -116,7 +116,7 @@ def build_standard_model():
         head.add(layers.MaxPooling2D((2, 2)))
 
     average_pool = keras.Sequential()
-    average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64): not global, as its text says
+    average_pool.add(layers.AveragePooling2D((2, 2)))  # (5, 5, 64), which its text calls global
     average_pool.add(layers.Flatten())  # (1600,)
     average_pool.add(layers.Dense(1, activation="sigmoid"))
     standard_model = keras.Sequential([head, average_pool])
